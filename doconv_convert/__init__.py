@@ -1,0 +1,71 @@
+"""Train with more parameters, ship exactly the network you drew.
+
+DO-Conv (Depthwise Over-parameterized Convolution, arXiv 2006.12030): rewrite a PyTorch model's convolutions
+before training, fold them back after it, export to ONNX and prove that nothing changed.
+
+    from doconv_convert import to_doconv, fold
+
+    model = to_doconv(model)  # before the optimizer
+    ...                       # train as ever
+    model = fold(model)       # a plain model again
+
+Names load on first use, so that importing the package does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "DOConv1d": "nn.layers",
+    "DOConv2d": "nn.layers",
+    "DOConv3d": "nn.layers",
+    "kernel_macs": "nn.composition",
+    "feature_macs": "nn.composition",
+    "ToDOConvPass": "rewrite.passes",
+    "FoldPass": "rewrite.passes",
+    "plan": "rewrite.plan",
+    "to_doconv": "rewrite.convert",
+    "fold": "rewrite.fold",
+    "save": "artifacts.checkpoint",
+    "load": "artifacts.checkpoint",
+    "export_onnx": "artifacts.onnx_export",
+    "count_macs": "check.macs",
+    "verify": "check.verify",
+    "DoconvError": "errors",
+    "UsageError": "errors",
+}
+
+__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from doconv_convert.artifacts.checkpoint import load as load
+    from doconv_convert.artifacts.checkpoint import save as save
+    from doconv_convert.artifacts.onnx_export import export_onnx as export_onnx
+    from doconv_convert.check.macs import count_macs as count_macs
+    from doconv_convert.check.verify import verify as verify
+    from doconv_convert.errors import DoconvError as DoconvError
+    from doconv_convert.errors import UsageError as UsageError
+    from doconv_convert.nn.composition import feature_macs as feature_macs
+    from doconv_convert.nn.composition import kernel_macs as kernel_macs
+    from doconv_convert.nn.layers import DOConv1d as DOConv1d
+    from doconv_convert.nn.layers import DOConv2d as DOConv2d
+    from doconv_convert.nn.layers import DOConv3d as DOConv3d
+    from doconv_convert.rewrite.convert import to_doconv as to_doconv
+    from doconv_convert.rewrite.fold import fold as fold
+    from doconv_convert.rewrite.passes import FoldPass as FoldPass
+    from doconv_convert.rewrite.passes import ToDOConvPass as ToDOConvPass
+    from doconv_convert.rewrite.plan import plan as plan
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'doconv_convert' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"doconv_convert.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

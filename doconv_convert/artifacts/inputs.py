@@ -1,0 +1,158 @@
+"""What a model takes: its inputs' names and shapes, and example values that make a network react.
+
+Shapes come from the user, from the model's own metadata (torchvision, timm) or from a constant INPUT_SHAPE
+beside a factory. Nothing is guessed from the layers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from doconv_convert.artifacts.factories import load_module
+from doconv_convert.artifacts.sources import Source
+from doconv_convert.artifacts.zoos import torchvision_weights
+from doconv_convert.errors import DoconvError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor, nn
+
+DETECTION_SIZE = 320
+SEGMENTATION_SIZE = 256  # the weights' own 520 costs four times as much and shows nothing more
+VIDEO_FRAMES = 16
+RAFT_SIZE = 128  # its smallest
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One input: `shape` has the batch first, unless `batched` is False (one image of a list of images)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    batched: bool = True
+
+
+def parse_input_shape(text: str) -> InputSpec:
+    """Reads '1,3,224,224' or 'name=1,3,224,224'; without a name the spec's name is '' (see `forward_names`).
+
+    Raises UsageError for anything else.
+    """
+    name, equals, shape = text.rpartition("=")
+    sizes = [size.strip() for size in shape.split(",")]
+    good = all(size.isascii() and size.isdigit() and int(size) > 0 for size in sizes)
+    if not good or (equals and not name.strip()):
+        raise UsageError(
+            f"input shape '{text}' is not understood: expected positive sizes with the batch first, "
+            "such as '1,3,224,224' or 'NAME=1,3,224,224'"
+        )
+    return InputSpec(name.strip(), tuple(int(size) for size in sizes))
+
+
+def forward_names(model: nn.Module, count: int) -> list[str]:
+    """The names of the first `count` arguments of `model.forward`; `input_0`, ... where it names none."""
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = [parameter.name for parameter in parameters if parameter.kind in positional]
+    if len(names) >= count:
+        return names[:count]
+    return ["input"] if count == 1 else [f"input_{index}" for index in range(count)]
+
+
+def infer_inputs(source: Source, model: nn.Module) -> list[InputSpec] | None:
+    """The inputs, batch 1, that `model` (built from `source`) takes; None where the source does not tell.
+
+    Raises DoconvError where a factory's INPUT_SHAPE is not a tuple of positive whole numbers.
+    """
+    if source.kind == "torchvision":
+        return _torchvision_inputs(source, model)
+    shape = _timm_shape(source.args, model) if source.kind == "timm" else _declared_shape(source)
+    return None if shape is None else [InputSpec(forward_names(model, 1)[0], shape)]
+
+
+def example_inputs(specs: Sequence[InputSpec], batch: int, seed: int) -> tuple[Tensor, ...]:
+    """One random CPU tensor per spec, (batch, *shape[1:]), or `shape` itself where the spec is not batched.
+
+    Every sample is a low-frequency pattern plus noise with its own mean and contrast, about unit variance: a
+    network answers differently to each. The global random state is not touched. Raises UsageError for a dtype
+    that is not floating, whose meaningful values only the user knows.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(_example(spec, batch, generator) for spec in specs)
+
+
+def _example(spec: InputSpec, batch: int, generator: Generator) -> Tensor:
+    import torch
+
+    dtype = getattr(torch, spec.dtype, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UsageError(
+            f"no example can be made up for input '{spec.name}': got dtype '{spec.dtype}', expected a "
+            "floating one; pass --input FILE"
+        )
+    if not spec.batched:
+        return _sample(spec.shape, generator).to(dtype)
+    return torch.stack([_sample(spec.shape[1:], generator) for _ in range(batch)]).to(dtype)
+
+
+def _sample(shape: tuple[int, ...], generator: Generator) -> Tensor:
+    """One image-like sample (channels, *positions) in float32."""
+    import torch
+    from torch.nn.functional import interpolate
+
+    sample = torch.randn(shape, generator=generator)
+    positions = shape[1:]
+    if 1 <= len(positions) <= 3:
+        coarse = torch.randn((1, shape[0], *(min(4, size) for size in positions)), generator=generator)
+        mode = ("linear", "bilinear", "trilinear")[len(positions) - 1]
+        pattern = interpolate(coarse, size=positions, mode=mode, align_corners=True)[0]
+        sample = 0.6 * sample + 0.8 * pattern / pattern.square().mean().sqrt().clamp_min(1e-3)
+    levels: list[float] = torch.rand(2, generator=generator).tolist()
+    return sample * (0.5 + levels[0]) + (levels[1] - 0.5)
+
+
+def _torchvision_inputs(source: Source, model: nn.Module) -> list[InputSpec]:
+    from torchvision.models import get_model_builder  # type: ignore[import-untyped]
+
+    family = get_model_builder(source.name).__module__.split(".")[2]
+    if family == "detection":
+        return [InputSpec("images", (3, DETECTION_SIZE, DETECTION_SIZE), batched=False)]
+    if family == "optical_flow":
+        return [InputSpec(name, (1, 3, RAFT_SIZE, RAFT_SIZE)) for name in forward_names(model, 2)]
+    name = forward_names(model, 1)[0]
+    if family == "segmentation":
+        return [InputSpec(name, (1, 3, SEGMENTATION_SIZE, SEGMENTATION_SIZE))]
+    crop = torchvision_weights(source.name, source.variant or "DEFAULT").transforms().crop_size
+    if family == "video":
+        return [InputSpec(name, (1, 3, VIDEO_FRAMES, crop[0], crop[-1]))]
+    # the vision transformers are built for one size, which is an argument
+    size = source.args.get("image_size", source.args.get("input_size", crop))
+    return [InputSpec(name, (1, 3, *_pair(size)))]
+
+
+def _timm_shape(args: Mapping[str, Any], model: nn.Module) -> tuple[int, ...] | None:
+    config = getattr(model, "pretrained_cfg", None)
+    if not isinstance(config, Mapping) or not config.get("input_size"):
+        return None
+    channels, *size = config["input_size"]
+    return (1, args.get("in_chans", channels), *_pair(args.get("img_size", size)))
+
+
+def _declared_shape(source: Source) -> tuple[int, ...] | None:
+    shape = getattr(load_module(source.place), "INPUT_SHAPE", None)
+    if shape is None:
+        return None
+    if not isinstance(shape, tuple) or not shape or not all(type(n) is int and n > 0 for n in shape):
+        raise DoconvError(
+            f"INPUT_SHAPE beside '{source.text}' must be a tuple of positive whole numbers with the "
+            f"batch first, such as (1, 3, 224, 224), got {shape!r}"
+        )
+    return (1, *shape[1:])
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[-1])

@@ -1,0 +1,1 @@
+"""The paper: kernel and feature composition as pure functions, and the layers over them."""

@@ -1,0 +1,184 @@
+"""DO-Conv's algebra (arXiv 2006.12030) as pure functions on tensors.
+
+With K = the number of kernel positions, g = groups and D^ = [I | 0] + D,
+
+    k[o, j, p] = sum_s D^[c, p, s] * W[o, j, s],    c = (o // (C_out / g)) * (C_in / g) + j
+
+where c is the input channel that slot j of output o reads. `weight` holds the first K slots of W in an
+ordinary kernel's shape and `weight_extra` the other D_mul - K, so the identity never has to be added:
+
+    k = weight + D @ [weight | weight_extra]
+
+At D = 0 that is `weight` itself, bit for bit, in every dtype.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from doconv_convert.errors import UsageError
+
+CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def resolve_d_mul(d_mul: int | str, positions: int) -> int:
+    """D_mul for a kernel of `positions` (K) positions, from 9, "9", "K", "2K" or "K+3".
+
+    Raises UsageError for any other text. A result below K is the caller's to refuse: it knows the site's name.
+    """
+    if isinstance(d_mul, int) and not isinstance(d_mul, bool):
+        return d_mul
+    match = re.fullmatch(r"(\d+)|(\d*)K(?:\+(\d+))?", str(d_mul).replace(" ", ""))
+    if match is None:
+        raise UsageError(f"d_mul: got '{d_mul}', expected a number such as 9, or 'K', '2K', 'K+3'.")
+    number, factor, extra = match.groups()
+    return int(number) if number else int(factor or 1) * positions + int(extra or 0)
+
+
+def compose_kernel(weight: Tensor, d: Tensor, weight_extra: Tensor | None = None, groups: int = 1) -> Tensor:
+    """The ordinary kernel that W and D stand for.
+
+    Args:
+        weight: W's first K slots, (C_out, C_in/g, *kernel_size).
+        d: the residual D = D^ - [I | 0], (C_in, K, D_mul).
+        weight_extra: W's further slots, (C_out, C_in/g, D_mul - K), or None where D_mul = K.
+        groups: g.
+
+    Returns:
+        (C_out, C_in/g, *kernel_size) in weight's dtype and memory format. It is computed in float32 or
+        better with autocast off and cast once: half precision would lose most small entries of D.
+    """
+    device = weight.device.type
+    # A context manager costs more than a small composition: enter it only where there is something to switch off.
+    autocast = torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        slots = weight.flatten(2)
+        base = _by_input_channel(slots.to(dtype), groups)
+        factor = base
+        if weight_extra is not None:
+            factor = torch.cat([base, _by_input_channel(weight_extra.to(dtype), groups)], dim=1)
+        composed = torch.baddbmm(base, d.to(dtype), factor)
+        kernel = _by_output_channel(composed, groups).reshape(weight.shape).to(weight.dtype)
+    return kernel.contiguous(memory_format=memory_format(weight))
+
+
+def convolve_features(
+    x: Tensor,
+    weight: Tensor,
+    d: Tensor,
+    weight_extra: Tensor | None,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: str | Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Feature composition: a depthwise convolution with D^, then a pointwise grouped one with W.
+
+    The same linear map as an ordinary convolution with `compose_kernel`'s result, on zero padding; shapes
+    as there, x is (B, C_in, *size) or (C_in, *size).
+    """
+    spatial = weight.dim() - 2
+    convolve = CONVOLUTIONS[spatial]
+    in_channels, _, d_mul = d.shape
+    depthwise = full_d(d).transpose(1, 2).reshape(in_channels * d_mul, 1, *weight.shape[2:]).to(weight.dtype)
+    pointwise = full_w(weight, weight_extra).reshape(weight.shape[0], -1, *[1] * spatial)
+    # typeshed's overloads split on str against sequences; both are fine at run time.
+    features = convolve(x, depthwise, None, stride, padding, dilation, in_channels)  # type: ignore[arg-type]
+    return convolve(features, pointwise, bias, groups=groups)
+
+
+def full_d(d: Tensor) -> Tensor:
+    """D^ = [I | 0] + D, (C_in, K, D_mul), in float32 or better."""
+    wide = d.to(torch.promote_types(d.dtype, torch.float32))
+    return wide + torch.eye(*d.shape[1:], dtype=wide.dtype, device=d.device)
+
+
+def full_w(weight: Tensor, weight_extra: Tensor | None) -> Tensor:
+    """W with all its slots, (C_out, C_in/g, D_mul)."""
+    slots = weight.flatten(2)
+    return slots if weight_extra is None else torch.cat([slots, weight_extra], dim=2)
+
+
+def memory_format(weight: Tensor) -> torch.memory_format:
+    """The memory format a kernel is stored in: channels last, or plain contiguous."""
+    # The plain question comes first: functorch cannot answer the other one under vmap.
+    if not weight.is_contiguous():
+        for channels_last in (torch.channels_last, torch.channels_last_3d):
+            if weight.dim() == (5 if channels_last is torch.channels_last_3d else 4) and weight.is_contiguous(
+                memory_format=channels_last
+            ):
+                return channels_last
+    return torch.contiguous_format
+
+
+def draw_weight_extra(shape: Sequence[int], positions: int, seed: int, name: str) -> Tensor:
+    """Initial `weight_extra` of the site called `name`, float32 on the CPU, as Conv2d draws its weights.
+
+    `shape` is (C_out, C_in/g, D_mul - K). A generator of its own, seeded by `seed` and `name`, makes ranks
+    and reruns agree and leaves the global random state alone.
+    """
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    bound = 1 / math.sqrt(max(1, shape[1] * positions))
+    return torch.empty(tuple(shape)).uniform_(-bound, bound, generator=generator)
+
+
+def kind_of(in_channels: int, groups: int) -> str:
+    """The paper's name of the layer: DO-Conv (g = 1), DO-DConv (g = C_in) or DO-GConv (between)."""
+    if groups == 1:
+        return "DO-Conv"
+    return "DO-DConv" if groups == in_channels else "DO-GConv"
+
+
+def kernel_macs(
+    *,
+    in_channels: int,
+    out_channels: int,
+    kernel_positions: int,
+    d_mul: int,
+    groups: int = 1,
+    batch: int = 1,
+    output_volume: int = 1,
+) -> int:
+    """MACs of one training forward by kernel composition: D_mul*K*C_in*C_out/g + B*V*C_out*K*C_in/g."""
+    product = in_channels * out_channels // groups * kernel_positions
+    return d_mul * product + batch * output_volume * product
+
+
+def feature_macs(
+    *,
+    in_channels: int,
+    out_channels: int,
+    kernel_positions: int,
+    d_mul: int,
+    groups: int = 1,
+    batch: int = 1,
+    output_volume: int = 1,
+) -> int:
+    """MACs of one training forward by feature composition: B*V*(D_mul*K*C_in + C_out*D_mul*C_in/g)."""
+    per_position = d_mul * kernel_positions * in_channels + out_channels * d_mul * in_channels // groups
+    return batch * output_volume * per_position
+
+
+def _by_input_channel(w: Tensor, groups: int) -> Tensor:
+    """(C_out, C_in/g, S) -> (C_in, S, C_out/g): for each input channel, the outputs that read it."""
+    out_channels, per_group, slots = w.shape
+    split = w.reshape(groups, out_channels // groups, per_group, slots)
+    return split.permute(0, 2, 3, 1).reshape(groups * per_group, slots, out_channels // groups)
+
+
+def _by_output_channel(k: Tensor, groups: int) -> Tensor:
+    """The inverse: (C_in, K, C_out/g) -> (C_out, C_in/g, K)."""
+    in_channels, positions, per_group = k.shape
+    split = k.reshape(groups, in_channels // groups, positions, per_group)
+    return split.permute(0, 3, 1, 2).reshape(groups * per_group, in_channels // groups, positions)

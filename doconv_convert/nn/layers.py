@@ -1,0 +1,228 @@
+"""DOConv1d, DOConv2d and DOConv3d: convolution layers whose kernel is the product of D and W."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from doconv_convert.errors import UsageError
+from doconv_convert.nn.composition import compose_kernel, convolve_features, draw_weight_extra, kind_of, resolve_d_mul
+from doconv_convert.nn.stored import StoredKernel, load_factors, new_factors
+
+COMPOSITIONS = ("kernel", "feature")
+
+
+class _DOConv(nn.modules.conv._ConvNd):
+    """What the three layers share. Always mixed in before one of torch's own convolution classes."""
+
+    plain_class: ClassVar[type[nn.modules.conv._ConvNd]]
+    D: nn.Parameter | None
+    weight_extra: nn.Parameter | None
+    composition: str
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: str | int | tuple[int, ...] = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        d_mul: int | str = "K",
+        composition: str = "kernel",
+        pointwise: bool = False,
+    ) -> None:
+        """Arguments up to `dtype` are the plain layer's own, in its order.
+
+        Args:
+            d_mul: D_mul >= K: a number, or "K", "2K", "K+3".
+            composition: "kernel" (compose, then one convolution) or "feature" (two convolutions).
+            pointwise: give a 1x1 kernel (K = 1) a D too; by default it has none, as in the authors' code.
+
+        Raises:
+            UsageError: D_mul < K (the stored form starts at [I | 0]), or an unknown composition.
+        """
+        super().__init__(  # type: ignore[call-arg]
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,  # type: ignore[arg-type]
+            device=device,
+            dtype=dtype,
+        )
+        self.over_parameterize(d_mul, composition=composition, pointwise=pointwise)
+
+    @classmethod
+    def from_conv(
+        cls,
+        conv: nn.modules.conv._ConvNd,
+        *,
+        d_mul: int | str = "K",
+        composition: str = "kernel",
+        pointwise: bool = False,
+        seed: int = 0,
+        name: str = "",
+    ) -> _DOConv:
+        """A layer that computes exactly what `conv` does and shares its parameters, hooks and attributes.
+
+        `conv` must be of exactly the plain class. `seed` and `name` draw weight_extra (D_mul > K).
+        """
+        if type(conv) is not cls.plain_class:
+            raise UsageError(
+                f"'{name or type(conv).__name__}': {cls.__name__}.from_conv takes exactly "
+                f"{cls.plain_class.__name__}, got {type(conv).__name__}; use to_doconv, which serves subclasses."
+            )
+        layer = cls.__new__(cls)
+        layer.__dict__.update(conv.__dict__)
+        layer.__dict__["_parameters"] = dict(conv._parameters)
+        layer.over_parameterize(d_mul, composition=composition, pointwise=pointwise, seed=seed, name=name)
+        return layer
+
+    def over_parameterize(
+        self, d_mul: int | str = "K", *, composition: str = "kernel", pointwise: bool = False, seed: int = 0, name: str = ""
+    ) -> None:
+        """Add a fresh D (zero) and, where D_mul > K, weight_extra to the plain parameters."""
+        positions = self.weight.shape[2:].numel()
+        resolved = resolve_d_mul(d_mul, positions)
+        if composition not in COMPOSITIONS:
+            raise UsageError(f"composition: got '{composition}', expected one of {', '.join(COMPOSITIONS)}.")
+        if resolved < positions:
+            shape = "x".join(map(str, self.weight.shape[2:]))
+            where = f"'{name}': " if name else ""
+            raise UsageError(f"{where}d_mul must be at least {positions} ({shape} kernel), got {resolved}.")
+        d, extra = None, None
+        if positions > 1 or pointwise:
+            d, extra = new_factors(self.weight, self.groups, resolved, seed, name)
+        self.composition = composition
+        self.register_parameter("D", d)
+        self.register_parameter("weight_extra", extra)
+
+    def to_conv(self) -> nn.modules.conv._ConvNd:
+        """A plain layer with the folded kernel (composed in float64 on the CPU, cast once)."""
+        conv = self.plain_class.__new__(self.plain_class)
+        conv.__dict__.update(self.__dict__)
+        conv.__dict__["_parameters"] = dict(self._parameters)
+        del conv._parameters["D"], conv._parameters["weight_extra"], conv.__dict__["composition"]
+        kernel = fold_kernel(self.weight, self.D, self.weight_extra, self.groups).to(self.weight)
+        conv._parameters["weight"] = nn.Parameter(kernel, requires_grad=self.weight.requires_grad)
+        return conv
+
+    @property
+    def kind(self) -> str:
+        """The paper's name: "DO-Conv", "DO-GConv" or "DO-DConv"."""
+        return kind_of(self.in_channels, self.groups)
+
+    @property
+    def d_mul(self) -> int:
+        """D_mul; 1 for a 1x1 kernel without D."""
+        return 1 if self.D is None else self.D.shape[2]
+
+    @property
+    def stored_kernels(self) -> tuple[StoredKernel, ...]:
+        return () if self.D is None else (StoredKernel("weight", self.groups),)
+
+    def effective_kernel(self) -> Tensor:
+        """The ordinary kernel this layer convolves with, (C_out, C_in/g, *kernel_size), differentiable."""
+        if self.D is None:
+            return self.weight
+        return compose_kernel(self.weight, self.D, self.weight_extra, self.groups)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve (B, C_in, *size) or (C_in, *size), as the plain layer does."""
+        if isinstance(input, fx.Proxy):  # an fx leaf in anybody's tracer, though not in torch.nn
+            tracer: Any = input.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})  # type: ignore[no-any-return]
+        if self.composition == "feature" and self.D is not None:
+            return self._convolve_features(input, self.D)
+        return self._conv_forward(input, self.effective_kernel(), self.bias)  # type: ignore[no-any-return,operator]
+
+    def _convolve_features(self, x: Tensor, d: Tensor) -> Tensor:
+        padding: Any = self.padding
+        if self.padding_mode != "zeros":
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = [0] * len(self.kernel_size)
+        return convolve_features(
+            x, self.weight, d, self.weight_extra, self.bias, self.stride, padding, self.dilation, self.groups
+        )
+
+    def reset_parameters(self) -> None:
+        """The plain layer's initialisation; D becomes zero and weight_extra is drawn anew (seed 0, no name)."""
+        super().reset_parameters()
+        with torch.no_grad():
+            if self._parameters.get("D") is not None:
+                self._parameters["D"].zero_()  # type: ignore[union-attr]
+            extra = self._parameters.get("weight_extra")
+            if extra is not None:
+                extra.copy_(draw_weight_extra(extra.shape, self.weight.shape[2:].numel(), 0, ""))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, d_mul={self.d_mul}, kind={self.kind}"
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        load_factors(self, self.stored_kernels, state_dict, prefix, local_metadata, missing_keys)
+
+
+class DOConv1d(_DOConv, nn.Conv1d):
+    """`torch.nn.Conv1d` whose kernel is D^ W. `weight` is W; `effective_kernel()` is the kernel."""
+
+    plain_class = nn.Conv1d
+
+
+class DOConv2d(_DOConv, nn.Conv2d):
+    """`torch.nn.Conv2d` whose kernel is D^ W (arXiv 2006.12030). `weight` is W; `effective_kernel()` is the
+    kernel. W has D_mul slots a channel: the first K in `weight`, the others in `weight_extra`; D^ is
+    [I | 0] + `D`, so a new layer computes exactly what a plain one with its `weight` and `bias` does.
+
+    >>> import torch
+    >>> layer = DOConv2d(8, 16, 3, padding=1, groups=2)
+    >>> layer.kind, tuple(layer.D.shape), layer(torch.zeros(1, 8, 5, 5)).shape
+    ('DO-GConv', (8, 9, 9), torch.Size([1, 16, 5, 5]))
+    """
+
+    plain_class = nn.Conv2d
+
+
+class DOConv3d(_DOConv, nn.Conv3d):
+    """`torch.nn.Conv3d` whose kernel is D^ W. `weight` is W; `effective_kernel()` is the kernel."""
+
+    plain_class = nn.Conv3d
+
+
+DOCONV_CLASSES: dict[type[nn.Module], type[_DOConv]] = {c.plain_class: c for c in (DOConv1d, DOConv2d, DOConv3d)}
+
+
+def fold_kernel(weight: Tensor, d: Tensor | None, weight_extra: Tensor | None, groups: int) -> Tensor:
+    """The folded kernel, composed in float64 on the CPU and not yet cast, (C_out, C_in/g, *kernel_size)."""
+
+    def exact(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("cpu", torch.float64)
+
+    if d is None:
+        return exact(weight)
+    return compose_kernel(exact(weight), exact(d), None if weight_extra is None else exact(weight_extra), groups)

@@ -1,0 +1,118 @@
+"""Over-parameterized kernels on any class: a run-time subclass on which reading the kernel composes it.
+
+`torch.nn.utils.parametrize` would rename the keys, change the parameter order and forbid pickling. Here W
+and D stay ordinary entries of `_parameters`; only the attribute named like the kernel is a property.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from doconv_convert.nn.composition import compose_kernel
+from doconv_convert.nn.stored import StoredKernel, load_factors
+
+# A tracer that walks through a property records one call of compose_kernel, with W and D as its inputs.
+fx.wrap("compose_kernel")
+
+
+def overlay(module: nn.Module, kernels: Sequence[StoredKernel]) -> None:
+    """Turn `module`, whose `_parameters` already hold every D, into its own run-time subclass."""
+    base = base_class(module)
+    module.__class__ = _overlay_class(base, (*stored_kernels(module), *kernels))
+
+
+def remove_overlay(module: nn.Module) -> None:
+    """Give `module` its own class back; its parameters are the caller's."""
+    module.__class__ = base_class(module)
+
+
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """The user's class of a module, whether it is overlaid or not."""
+    return cast("type[nn.Module]", getattr(type(module), "_overlay_base", type(module)))
+
+
+def is_overlaid(module: nn.Module) -> bool:
+    return hasattr(type(module), "_overlay_base")
+
+
+def stored_kernels(module: nn.Module) -> tuple[StoredKernel, ...]:
+    """The over-parameterized kernels of a DOConv layer or an overlaid module; () for any other module."""
+    return getattr(module, "stored_kernels", ()) if not isinstance(module, fx.GraphModule) else ()
+
+
+def read_factors(module: nn.Module, kernel: StoredKernel) -> tuple[Tensor, Tensor, Tensor | None]:
+    """W's first slots, D and weight_extra of one kernel."""
+    parameters = module._parameters
+    weight, d = parameters[kernel.name], parameters[kernel.d_name]
+    if weight is None or d is None:
+        raise RuntimeError(f"'{kernel.name}' of {type(module).__name__} has lost its tensors.")
+    return weight, d, parameters.get(kernel.extra_name)
+
+
+def _kernel_property(kernel: StoredKernel) -> property:
+    def composed(module: nn.Module) -> Tensor:
+        # Looked up at each call: torch.fx patches this very method to record reads of parameters.
+        read = nn.Module.__getattr__
+        weight = read(module, kernel.name)
+        if isinstance(weight, fx.Proxy):
+            # A GraphModule copies by attribute access what its graph reads: let it find W, not the composed kernel.
+            owner, _, attribute = weight.node.target.rpartition(".")
+            if attribute == kernel.name:  # fx hands out one proxy for every read
+                weight.node.target = f"{owner}.{kernel.slots_name}".lstrip(".")
+        extra = read(module, kernel.extra_name) if kernel.extra_name in module._parameters else None
+        return compose_kernel(weight, read(module, kernel.d_name), extra, kernel.groups)
+
+    def getter(module: nn.Module) -> Tensor:
+        try:
+            return composed(module)
+        except AttributeError as error:  # it would make Python fall back to __getattr__: W, uncomposed
+            raise RuntimeError(f"'{kernel.name}' could not be composed: {error}") from error
+
+    return property(getter)
+
+
+@functools.cache
+def _overlay_class(base: type[nn.Module], kernels: tuple[StoredKernel, ...]) -> type[nn.Module]:
+    d_names = {kernel.name: kernel.d_name for kernel in kernels}
+
+    def __setattr__(self: nn.Module, name: str, value: Any) -> None:
+        base.__setattr__(self, name, value)
+        # A new kernel is a new start. D is replaced, not zeroed in place: engines that swap parameters in
+        # and out (FSDP2) assign the kernel and then D, and must find their own D untouched.
+        d = self._parameters.get(d_names.get(name, ""))
+        if d is not None and isinstance(value, nn.Parameter):
+            self._parameters[d_names[name]] = nn.Parameter(torch.zeros_like(d), requires_grad=d.requires_grad)
+
+    def _load_from_state_dict(
+        self: nn.Module, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str], *rest: Any
+    ) -> None:
+        base._load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *rest)
+        load_factors(self, kernels, state_dict, prefix, local_metadata, missing_keys)
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
+        _, arguments, *rest = base.__reduce_ex__(self, max(2, int(protocol)))
+        return (_new_overlaid, (base, kernels, *arguments[1:]), *rest)
+
+    members: dict[str, Any] = {
+        "__module__": base.__module__,
+        "__doc__": base.__doc__,
+        "__setattr__": __setattr__,
+        "__reduce_ex__": __reduce_ex__,
+        "_load_from_state_dict": _load_from_state_dict,
+        "_overlay_base": base,
+        "stored_kernels": kernels,
+        **{kernel.name: _kernel_property(kernel) for kernel in kernels},
+        **{kernel.slots_name: property(lambda self, name=kernel.name: self._parameters[name]) for kernel in kernels},
+    }
+    return type(f"DO{base.__name__}", (base,), members)
+
+
+def _new_overlaid(base: type[nn.Module], kernels: tuple[StoredKernel, ...], *arguments: Any) -> nn.Module:
+    """Rebuild a pickled or copied overlaid module; its state follows."""
+    cls = _overlay_class(base, kernels)
+    return cls.__new__(cls, *arguments)

@@ -1,0 +1,80 @@
+"""How an over-parameterized kernel is stored in a module, and how it loads from a state dict.
+
+A kernel named `weight` has the parameters `weight`, `D`, `weight_extra`; one named `p` has `p`, `p_D`,
+`p_extra`. Everything here works on the module's own `_parameters`, so state dicts, optimizers and strict
+loads need no hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from doconv_convert.nn.composition import draw_weight_extra
+
+
+SLOTS_SUFFIX = "_first_slots"
+
+
+@dataclass(frozen=True)
+class StoredKernel:
+    """One over-parameterized kernel of a module: its parameter's name and its group count."""
+
+    name: str
+    groups: int
+
+    @property
+    def slots_name(self) -> str:
+        """Under which W's first K slots can be read where the attribute `name` is the composed kernel."""
+        return self.name + SLOTS_SUFFIX
+
+    @property
+    def d_name(self) -> str:
+        return "D" if self.name == "weight" else f"{self.name}_D"
+
+    @property
+    def extra_name(self) -> str:
+        return "weight_extra" if self.name == "weight" else f"{self.name}_extra"
+
+
+def new_factors(weight: Tensor, groups: int, d_mul: int, seed: int, name: str) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """Fresh D (zero) and weight_extra (random; None at D_mul = K) for `weight`, with its dtype, device and
+    `requires_grad`. D is (C_in, K, D_mul), weight_extra (C_out, C_in/g, D_mul - K)."""
+    positions = weight.shape[2:].numel()
+    d = torch.zeros(weight.shape[1] * groups, positions, d_mul, dtype=weight.dtype, device=weight.device)
+    extra = None
+    if d_mul > positions:
+        shape = (*weight.shape[:2], d_mul - positions)
+        drawn = draw_weight_extra(shape, positions, seed, name).to(weight.device, weight.dtype)
+        extra = nn.Parameter(drawn, requires_grad=weight.requires_grad)
+    return nn.Parameter(d, requires_grad=weight.requires_grad), extra
+
+
+def load_factors(
+    module: nn.Module,
+    kernels: Sequence[StoredKernel],
+    state_dict: Mapping[str, Tensor],
+    prefix: str,
+    local_metadata: Mapping[str, Any],
+    missing_keys: list[str],
+) -> None:
+    """After torch's own loading: a kernel that came without D and weight_extra is an ordinary one, so D
+    becomes 0, weight_extra stays, and neither counts as missing. One without the other stays missing."""
+    for kernel in kernels:
+        d, extra = module._parameters[kernel.d_name], module._parameters.get(kernel.extra_name)
+        d_key, extra_key = prefix + kernel.d_name, prefix + kernel.extra_name
+        if d is None or prefix + kernel.name not in state_dict or d_key in state_dict or extra_key in state_dict:
+            continue
+        if d.is_meta and local_metadata.get("assign_to_params_buffers"):
+            source = state_dict[prefix + kernel.name]
+            zero = torch.zeros(d.shape, dtype=source.dtype, device=source.device)
+            module._parameters[kernel.d_name] = nn.Parameter(zero, requires_grad=d.requires_grad)
+        else:
+            with torch.no_grad():
+                d.zero_()
+        forgiven = {d_key} if extra is not None and extra.is_meta else {d_key, extra_key}
+        missing_keys[:] = [key for key in missing_keys if key not in forgiven]

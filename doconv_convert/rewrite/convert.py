@@ -1,0 +1,140 @@
+"""`to_doconv`: the conversion of any nn.Module, in the user's own module tree."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from doconv_convert.errors import DoconvError
+from doconv_convert.rewrite.discover import Discovery, discover
+from doconv_convert.rewrite.install import install, refuse_name_clashes
+from doconv_convert.rewrite.passes import ToDOConvPass
+from doconv_convert.rewrite.sites import Action, Options, decide
+
+
+def to_doconv(
+    model: nn.Module,
+    *,
+    example_inputs: Any = None,
+    d_mul: int | str = "K",
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    pointwise: bool = False,
+    max_d_params: int = 16_000_000,
+    seed: int = 0,
+    inplace: bool = False,
+) -> nn.Module:
+    """Over-parameterize every eligible convolution of `model` (arXiv 2006.12030). What it computes stays the
+    same, bit for bit; its class, names, hooks, dtypes and devices too.
+
+    Convert before building the optimizer, and before DDP, FSDP or torch.compile.
+
+    Args:
+        model: any nn.Module, traceable by torch.fx or not.
+        example_inputs: a tuple of positional inputs, a dict of keyword inputs, or one tensor. Needed only to find
+            functional convolutions in forwards that torch.fx cannot trace.
+        d_mul: D_mul >= K: a number, "K", "2K" or "K+3".
+        include, exclude: globs on the sites' names; exclude wins.
+        pointwise: give 1x1 kernels a D too.
+        max_d_params: a site whose D would hold more numbers is kept as it is.
+        seed: draws weight_extra (D_mul > K); the global random state is not touched.
+        inplace: convert `model` itself instead of a copy.
+
+    Returns:
+        The converted model, of the user's class. An already converted model comes back unchanged.
+
+    Raises:
+        UsageError: a glob that matches nothing, or D_mul below some kernel's K.
+        DoconvError: nothing to convert, or a model that is wrapped or compiled already.
+    """
+    options = Options(d_mul, include, exclude, pointwise, max_d_params, seed)
+    refuse_wrapped(model)
+    if not inplace:
+        model = copy_model(model)
+    discovery = discover(model, example_inputs)
+    decide(discovery.sites, options)
+    require_sites(discovery)
+    convert(discovery, options)
+    return model
+
+
+def convert(discovery: Discovery, options: Options) -> None:
+    """Carry out a decided plan: the pass on every region's graphs, then the owners that no graph shows."""
+    planned = [site for site in discovery.sites if site.action is Action.CONVERT]
+    for site in planned:
+        refuse_name_clashes(site)
+    rewrite = ToDOConvPass(
+        options.d_mul,
+        options.include,
+        options.exclude,
+        pointwise=options.pointwise,
+        max_d_params=options.max_d_params,
+        seed=options.seed,
+        sites=planned,
+    )
+    for region in discovery.regions:
+        for graph in region.graphs:
+            rewrite(graph)
+    missed = [f"'{site.name}'" for site in planned if site.seen_in_graph and not site.rewritten]
+    if missed:
+        raise DoconvError(f"the pass left {', '.join(missed)} as they were; the model is partly converted.")
+    for site in planned:
+        install(site, options)
+
+
+def require_sites(discovery: Discovery) -> None:
+    """Raises DoconvError where there is no DO-Conv site and none to make, with the reasons."""
+    if any(site.action is not Action.KEEP for site in discovery.sites):
+        return
+    reasons = Counter(site.reason.value for site in discovery.sites if site.reason is not None)
+    told = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "it has no convolution"
+    unseen = ", ".join(f"'{path or 'the model itself'}'" for path in discovery.not_looked_into)
+    hint = f" Not looked into: {unseen}; pass example_inputs." if unseen else ""
+    raise DoconvError(f"{type(discovery.model).__name__}: nothing to convert ({told}).{hint}")
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raises DoconvError for DDP, FSDP and compiled models: their engines hold the old parameters."""
+    wrappers = {
+        "DistributedDataParallel": "wrap the converted model instead: DDP(to_doconv(model))",
+        "DataParallel": "wrap the converted model instead",
+        "FullyShardedDataParallel": "wrap the converted model instead",
+        "FSDPModule": "call fully_shard on the converted model instead",
+        "OptimizedModule": "compile the converted model instead: torch.compile(to_doconv(model))",
+    }
+    for path, module in model.named_modules():
+        for base in type(module).__mro__:
+            if base.__name__ in wrappers and base.__module__.startswith("torch."):
+                raise DoconvError(f"'{path or type(model).__name__}' is a {base.__name__} already; {wrappers[base.__name__]}.")
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A deep copy, also of models whose modules hold non-leaf tensors (old-style weight norm, pruning).
+
+    Raises DoconvError where the model cannot be copied at all.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in module.__dict__.values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # a user's module may refuse in any way
+        raise DoconvError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); pass inplace=True."
+        ) from error
+
+
+def same_outputs(a: Any, b: Any) -> bool:
+    """Whether two models' outputs (tensors in any nesting) have the same structure and bits (`torch.equal`)."""
+    (leaves_a, tree_a), (leaves_b, tree_b) = (torch.utils._pytree.tree_flatten(x) for x in (a, b))
+    return tree_a == tree_b and all(
+        torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x == y
+        for x, y in zip(leaves_a, leaves_b, strict=True)
+    )

@@ -1,0 +1,229 @@
+"""Finding every convolution of a model: a walk over its modules, its traces, and one real forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import UninitializedTensorMixin
+
+from doconv_convert.nn.layers import DOCONV_CLASSES
+from doconv_convert.nn.overlay import is_overlaid, stored_kernels
+from doconv_convert.rewrite.graphs import functional_calls, kernel_origin, parameter_read, reads_metadata
+from doconv_convert.rewrite.measure import Forward, Watched, watch_forward
+from doconv_convert.rewrite.sites import Action, Owner, Reason, Site
+from doconv_convert.rewrite.tracing import Region, find_regions, trace
+
+_PLAIN = tuple(DOCONV_CLASSES)
+_QUANTISED = ("torch.ao.nn.", "torch.nn.quantized", "torch.nn.intrinsic", "torch.nn.qat")
+
+
+@dataclass
+class Discovery:
+    """What was found in a model.
+
+    `not_looked_into` names the modules whose own forward could neither be traced nor was run: a functional
+    convolution in there would go unseen.
+    """
+
+    model: nn.Module
+    sites: list[Site]
+    regions: list[Region]
+    not_looked_into: list[str]
+
+
+class _Sites:
+    """Sites by the identity of their Parameter, or by name and reason where there is none."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.order = {path: index for index, (path, _) in enumerate(model.named_modules(remove_duplicate=False))}
+        self.owners: dict[int, list[Owner]] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    self.owners.setdefault(id(parameter), []).append(Owner(path, module, name))
+        self.by_key: dict[Any, Site] = {}
+
+    def of_parameter(self, parameter: nn.Parameter) -> Site:
+        key = id(parameter)
+        if key not in self.by_key:
+            self.by_key[key] = Site(self.owners[key], parameter)
+            if parameter.is_complex():
+                self.by_key[key].keep(Reason.COMPLEX)
+        return self.by_key[key]
+
+    def without_parameter(self, owner: Owner, reason: Reason) -> Site:
+        site = self.by_key.setdefault((owner.name, reason), Site([owner], None))
+        site.keep(reason)
+        return site
+
+    def in_order(self) -> list[Site]:
+        return sorted(self.by_key.values(), key=lambda site: self.order.get(site.owners[0].path, len(self.order)))
+
+
+def discover(model: nn.Module, example_inputs: Any = None) -> Discovery:
+    """Every convolution of `model`, undecided; the model is left as it was.
+
+    With example inputs one forward in eval mode adds calls, output sizes and MACs, and finds functional
+    convolutions in forwards that cannot be traced.
+    """
+    sites = _Sites(model)
+    for path, module in model.named_modules():
+        _classify_module(sites, path, module)
+    regions = find_regions(model)
+    for region in regions.traced:
+        for graph in region.graphs:
+            _read_graph(sites, model, region, graph)
+    unseen = regions.untraced
+    if example_inputs is not None:
+        forward = watch_forward(model, example_inputs)
+        paths = {id(module): path for path, module in model.named_modules()}
+        _read_forward(sites, forward, paths)
+        unseen = [path for path in unseen if id(model.get_submodule(path)) not in forward.entered]
+    return Discovery(model, sites.in_order(), regions.traced, unseen)
+
+
+def _classify_module(sites: _Sites, path: str, module: nn.Module) -> None:
+    cls = type(module)
+    if cls in DOCONV_CLASSES.values() or is_overlaid(module):
+        _already(sites, path, module)
+    elif cls.__module__.startswith(_QUANTISED) and "Conv" in cls.__name__ and not isinstance(module, nn.Sequential):
+        sites.without_parameter(Owner(path, module, "weight"), Reason.QUANTISED)
+    elif isinstance(module, _ConvNd):
+        weight = module._parameters.get("weight")
+        if isinstance(weight, UninitializedTensorMixin) or isinstance(module, LazyModuleMixin):
+            sites.without_parameter(Owner(path, module, "weight"), Reason.LAZY)
+        elif weight is None:
+            sites.without_parameter(Owner(path, module, "weight"), Reason.PARAMETRISED)
+        elif isinstance(module, _ConvTransposeNd):
+            if id(weight) not in sites.by_key:  # a kernel shared with an ordinary convolution is that one's site
+                sites.without_parameter(Owner(path, module, "weight"), Reason.TRANSPOSED)
+        else:
+            reason, groups = kernel_role(module)
+            site = sites.of_parameter(weight)
+            if reason is None:
+                site.groups.add(groups)
+            else:
+                site.keep(reason)
+
+
+def _already(sites: _Sites, path: str, module: nn.Module) -> None:
+    names = {kernel.name: kernel for kernel in stored_kernels(module)}
+    if not names:  # a 1x1 layer without D
+        site = sites.of_parameter(module._parameters["weight"])  # type: ignore[arg-type]
+        site.groups.add(int(module.groups))  # type: ignore[arg-type]
+        site.action = Action.ALREADY
+    for name, kernel in names.items():
+        site = sites.of_parameter(module._parameters[name])  # type: ignore[arg-type]
+        d = module._parameters[kernel.d_name]
+        site.groups.add(kernel.groups)
+        site.action, site.d_mul = Action.ALREADY, None if d is None else d.shape[2]
+
+
+def kernel_role(conv: nn.Module) -> tuple[Reason | None, int]:
+    """Whether a Conv layer of any class convolves with its own `weight` (None), and with how many groups.
+
+    A class that keeps torch's forward does. Any other is traced alone; where fx cannot follow, it is run
+    once on a small input and watched.
+    """
+    cls: Any = type(conv)
+    groups = int(conv.groups)  # type: ignore[arg-type]
+    plain: Any = next(base for base in _PLAIN if isinstance(conv, base))
+    if (cls.forward, cls._conv_forward) == (plain.forward, plain._conv_forward) and "forward" not in conv.__dict__:
+        return None, groups
+    graph = trace(conv, training=False)
+    calls = list(functional_calls(graph.graph)) if graph is not None else []
+    if graph is None or not calls:
+        return _probe(conv, groups)
+    origins = [kernel_origin(graph, call.kernel) for call in calls]
+    return next((origin for origin in origins if isinstance(origin, Reason)), None), calls[0].groups
+
+
+def _probe(conv: nn.Module, groups: int) -> tuple[Reason | None, int]:
+    weight: Any = conv.weight
+    size = [2 * (k - 1) * d + 4 for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]  # type: ignore[call-overload]
+    sample = torch.zeros(2, int(conv.in_channels), *size, dtype=weight.dtype, device=weight.device)  # type: ignore[arg-type]
+    try:
+        forward = watch_forward(conv, sample)
+    except Exception:  # a class that will not take an image: what it does with its kernel stays its own affair
+        return Reason.COMPUTED, groups
+    watched = forward.by_parameter.get(id(weight))
+    if watched is not None and not forward.odd_kernels:
+        return None, min(watched.groups)
+    return (forward.odd_kernels[0][1] if forward.odd_kernels else Reason.COMPUTED), groups
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Exactly one of torch's own classes, with no forward of the instance's own."""
+    return type(module) in DOCONV_CLASSES and "forward" not in module.__dict__
+
+
+def _read_graph(sites: _Sites, model: nn.Module, region: Region, gm: fx.GraphModule) -> None:
+    for call in functional_calls(gm.graph):
+        origin = Reason.TRANSPOSED if call.transposed else kernel_origin(gm, call.kernel)
+        if isinstance(origin, Reason):
+            if isinstance(parameter := parameter_read(gm, call.kernel), nn.Parameter) and id(parameter) in sites.by_key:
+                continue  # a transposed call with the kernel of an ordinary convolution: that one's site
+            sites.without_parameter(_caller(model, region, call.node, call.kernel), origin)
+        elif origin is not None:
+            site = sites.of_parameter(origin)
+            site.groups.add(call.groups)
+            site.seen_in_graph = True
+    for node in gm.graph.nodes:
+        if node.op == "call_module":
+            weight = gm.get_submodule(str(node.target))._parameters.get("weight")
+            if weight is not None and id(weight) in sites.by_key:
+                sites.by_key[id(weight)].seen_in_graph = True
+        elif (parameter := parameter_read(gm, node)) is not None and id(parameter) in sites.by_key:
+            # In a graph of the user's own the read is rewritten; anywhere else the attribute has to answer.
+            if not region.is_own and not all(map(reads_metadata, node.users)):
+                sites.by_key[id(parameter)].read_elsewhere = True
+
+
+def _caller(model: nn.Module, region: Region, node: fx.Node, kernel: fx.Node) -> Owner:
+    """Whom to name for a kernel that is no Parameter: the attribute read, else the module that makes the call."""
+    if kernel.op == "get_attr":
+        path, _, name = str(kernel.target).rpartition(".")
+        full = f"{region.path}.{path}".strip(".")
+        return Owner(full, model.get_submodule(full), name)
+    stack = list(node.meta.get("nn_module_stack", {}))
+    inner = f"{region.path}.{stack[-1] if stack else ''}".strip(".")
+    return Owner(inner, model, "weight" if inner else node.name)
+
+
+def _read_forward(sites: _Sites, forward: Forward, paths: dict[int, str]) -> None:
+    for site in sites.by_key.values():
+        site.calls = 0 if site.parameter is not None else site.calls
+    known = [(sites.by_key[key], watched) for key, watched in forward.by_parameter.items() if key in sites.by_key]
+    for key, watched in forward.by_parameter.items():
+        if key not in sites.by_key:
+            parameter = sites.owners[key][0].module._parameters[sites.owners[key][0].kernel]
+            if parameter is not None:
+                known.append((sites.of_parameter(parameter), watched))
+    for site in sites.by_key.values():
+        for owner in _unique_modules(site.owners):
+            if owner in forward.by_module and site.action is Action.ALREADY:
+                known.append((site, forward.by_module[owner]))
+    for site, watched in known:
+        _record(site, watched)
+    for key in forward.read_elsewhere & sites.by_key.keys():
+        sites.by_key[key].read_elsewhere = True
+    for module, reason, _ in forward.odd_kernels:
+        path = paths.get(id(module), "")
+        if not any(owner.path == path for site in sites.by_key.values() for owner in site.owners):
+            sites.without_parameter(Owner(path, module, "weight"), reason)
+
+
+def _unique_modules(owners: Iterable[Owner]) -> list[int]:
+    return list(dict.fromkeys(id(owner.module) for owner in owners))
+
+
+def _record(site: Site, watched: Watched) -> None:
+    site.groups |= watched.groups
+    site.calls, site.macs = watched.calls, watched.macs
+    site.batch, site.output_size = watched.batch, watched.output_size

@@ -1,0 +1,98 @@
+"""The fold of our own layers: compose in float64, check by the other composition, cast once, assign."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from doconv_convert.errors import DoconvError
+from doconv_convert.nn.composition import CONVOLUTIONS, convolve_features
+from doconv_convert.nn.layers import fold_kernel
+from doconv_convert.nn.overlay import read_factors, stored_kernels
+from doconv_convert.rewrite.install import is_over_parameterized, restore
+
+# Two float64 sums of at most a few ten thousand terms; the largest seen over torchvision is 4e-15.
+FOLD_TOLERANCE = 1e-12
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One kernel's W (`weight` and `extra`) and D, with the site's name for messages."""
+
+    name: str
+    weight: Tensor
+    d: Tensor
+    extra: Tensor | None
+    groups: int
+
+
+def layer_factors(model: nn.Module) -> list[Factors]:
+    """The factors of every over-parameterized module; a Parameter that several share comes once."""
+    found: dict[int, Factors] = {}
+    for path, module in model.named_modules():
+        for kernel in stored_kernels(module):
+            weight, d, extra = read_factors(module, kernel)
+            name = path if kernel.name == "weight" and path else f"{path}.{kernel.name}".lstrip(".")
+            found.setdefault(id(weight), Factors(name, weight, d, extra, kernel.groups))
+    return list(found.values())
+
+
+def folded_kernel(factors: Factors) -> Tensor:
+    """The kernel in float64 on the CPU, required finite and checked by feature composition.
+
+    Raises DoconvError naming the site and what was found.
+    """
+    name = factors.name or "the convolution"
+    if factors.weight.is_meta:
+        raise DoconvError(f"'{name}': its tensors are on the meta device and hold no values; load a state dict first.")
+    kernel = fold_kernel(factors.weight, factors.d, factors.extra, factors.groups)
+    finite = torch.isfinite(kernel)
+    if not finite.all():
+        count = int((~finite).sum())
+        raise DoconvError(
+            f"'{name}': the folded kernel has {count} of {kernel.numel()} values that are NaN or infinite, expected "
+            "none; the weights were damaged in training or in the file: go back to an earlier checkpoint."
+        )
+    error = composition_error(factors, kernel)
+    if not error <= FOLD_TOLERANCE:
+        raise DoconvError(
+            f"'{name}': kernel and feature composition differ by {error:.1e} of the output's scale in float64, "
+            f"expected at most {FOLD_TOLERANCE:.0e}; nothing was folded. Please report this layer's shapes."
+        )
+    return kernel
+
+
+def composition_error(factors: Factors, kernel: Tensor) -> float:
+    """|conv(x, kernel) - feature composition(x)| / |conv(x, kernel)| in float64, on a random x that just
+    fills the kernel: every entry of kernel, W and D takes part."""
+    generator = torch.Generator().manual_seed(0)
+    spatial = kernel.dim() - 2
+    size = (2, kernel.shape[1] * factors.groups, *kernel.shape[2:])
+    x = torch.randn(size, generator=generator, dtype=torch.float64)
+    weight, d, extra = (
+        None if t is None else t.detach().to("cpu", torch.float64) for t in (factors.weight, factors.d, factors.extra)
+    )
+    direct = CONVOLUTIONS[spatial](x, kernel, groups=factors.groups)
+    ones = [1] * spatial
+    features = convolve_features(x, weight, d, extra, None, ones, [0] * spatial, ones, factors.groups)  # type: ignore[arg-type]
+    scale = float(direct.norm())
+    return float((direct - features).norm()) / scale if scale else float(features.norm())
+
+
+def assign_folded(every: Sequence[Factors]) -> None:
+    """Write each folded kernel into its W, cast once; a Parameter that occurs twice is folded once."""
+    for factors in {id(factors.weight): factors for factors in every}.values():
+        kernel = folded_kernel(factors)
+        with torch.no_grad():
+            factors.weight.copy_(kernel)
+
+
+def restore_layers(model: nn.Module) -> bool:
+    """Give every over-parameterized module its own class back; whether there was any."""
+    modules = [module for module in model.modules() if is_over_parameterized(module)]
+    for module in modules:
+        restore(module)
+    return bool(modules)

@@ -1,0 +1,221 @@
+"""Folding other people's layers, by graph: a layer whose kernel is a pure function of its own parameters.
+
+The layer is traced alone. If it does nothing to its input but (at most) pad it by constant amounts and
+convolve it, and neither kernel nor bias depends on the input or on chance, both are evaluated in float64 and
+the layer becomes a plain convolution. No key names are guessed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+
+from doconv_convert.nn.composition import compose_kernel
+from doconv_convert.nn.layers import DOCONV_CLASSES
+from doconv_convert.rewrite.graphs import ancestors, convolution_call, functional_calls, kernel_origin
+from doconv_convert.rewrite.install import is_over_parameterized
+from doconv_convert.rewrite.sites import Reason
+from doconv_convert.rewrite.tracing import trace
+
+_PLAIN = {plain.__name__[-2]: plain for plain in DOCONV_CLASSES}
+_PAD_MODES = {"constant": "zeros", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
+_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """One foreign layer: either the plain convolution it amounts to, or why it was left."""
+
+    name: str
+    cls: str
+    conv: nn.Module | None
+    declined: str | None
+
+
+def find_foreign(model: nn.Module, constant_kernels: bool) -> list[Foreign]:
+    """Every layer whose convolution kernel its own class computes, folded or declined with the reason.
+
+    Conv subclasses and parametrised kernels (weight norm, weight standardisation) only with `constant_kernels`.
+    """
+    found = []
+    for path, module in model.named_modules():
+        if _is_candidate(module, constant_kernels):
+            foreign = _inspect(path, module)
+            if foreign is not None:
+                found.append(foreign)
+    return found
+
+
+def replace_foreign(model: nn.Module, foreign: list[Foreign]) -> None:
+    """Put each plain convolution where its foreign layer stands, under every name it has."""
+    by_identity = {id(model.get_submodule(one.name)): one.conv for one in foreign if one.conv is not None}
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if id(child) in by_identity:
+                parent._modules[name] = by_identity[id(child)]
+
+
+def _is_candidate(module: nn.Module, constant_kernels: bool) -> bool:
+    if is_over_parameterized(module) or isinstance(module, fx.GraphModule) or type(module) in DOCONV_CLASSES:
+        return False
+    if isinstance(module, _ConvNd) or parametrize.is_parametrized(module):
+        return constant_kernels and not getattr(module, "transposed", False)
+    owns = any(p is not None and p.dim() >= 2 for p in module._parameters.values())
+    return owns and not type(module).__module__.startswith("torch.")
+
+
+def _inspect(path: str, module: nn.Module) -> Foreign | None:
+    """None where the layer has no computed kernel at all."""
+    gm = trace(module, training=False)
+    if gm is None:
+        return None if not path and any(module.children()) else Foreign(path, type(module).__name__, None, "its forward cannot be traced")
+    computed = [c for c in functional_calls(gm.graph) if kernel_origin(gm, c.kernel) in (Reason.COMPUTED, Reason.INPUT_DEPENDENT)]
+    if not computed:
+        return None
+    declined = _reason_to_decline(gm, [c.node for c in functional_calls(gm.graph)])
+    if declined is not None:
+        return Foreign(path, type(module).__name__, None, declined)
+    try:
+        conv = _as_convolution(gm, computed[0].node, module)
+    except _Declined as reason:
+        return Foreign(path, type(module).__name__, None, str(reason))
+    return Foreign(path, type(module).__name__, conv, None)
+
+
+class _Declined(Exception):
+    """Why a traced layer is not a plain convolution."""
+
+
+def _reason_to_decline(gm: fx.GraphModule, calls: list[fx.Node]) -> str | None:
+    if len(calls) != 1:
+        return f"it makes {len(calls)} convolution calls, expected 1"
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder" and node.users]
+    if len(inputs) != 1:
+        return f"it reads {len(inputs)} inputs, expected 1"
+    output = next(node for node in gm.graph.nodes if node.op == "output")
+    if output.args[0] is not calls[0]:
+        return "it does more than convolve: its output is not the convolution's"
+    if any("rand" in str(n.target) or "dropout" in str(n.target) or "bernoulli" in str(n.target) for n in gm.graph.nodes):
+        return "its kernel is drawn at random"
+    return None
+
+
+def _as_convolution(gm: fx.GraphModule, call: fx.Node, module: nn.Module) -> nn.Module:
+    arguments = dict(zip(_ARGUMENTS, call.args, strict=False)) | call.kwargs
+    source, weight, bias = arguments["input"], arguments["weight"], arguments.get("bias")
+    for value, what in ((weight, "kernel"), (bias, "bias")):
+        if isinstance(value, fx.Node) and any(n.op in ("placeholder", "call_module") for n in ancestors(value)):
+            raise _Declined(f"its {what} depends on the input")
+    constants = {k: v for k, v in arguments.items() if k not in ("input", "weight", "bias")}
+    if any(isinstance(value, fx.Node) for value in torch.utils._pytree.tree_leaves(constants)):
+        raise _Declined("its stride, padding, dilation or groups are computed")
+    pad, mode, source = _leading_pad(source)
+    if not (isinstance(source, fx.Node) and source.op == "placeholder"):
+        raise _Declined("it does more than pad its input before the convolution")
+    kernel, offset = _evaluate(gm, weight), None if bias is None else _evaluate(gm, bias)
+    if not torch.isfinite(kernel).all():
+        raise _Declined("its kernel is not finite")
+    spatial = kernel.dim() - 2
+    padding = _merge_padding(constants.get("padding", 0), pad, mode, spatial)
+    groups = int(constants.get("groups", 1))
+    reference = next(p for p in module.parameters())
+    plain: Any = _PLAIN[str(spatial)]
+    conv = plain(
+        kernel.shape[1] * groups,
+        kernel.shape[0],
+        tuple(kernel.shape[2:]),
+        constants.get("stride", 1),
+        padding,
+        constants.get("dilation", 1),
+        groups,
+        offset is not None,
+        _PAD_MODES[mode] if pad else "zeros",
+        device="meta",
+    )
+    conv.weight = _parameter(kernel, reference)
+    if offset is not None:
+        conv.bias = _parameter(offset, reference)
+    return conv.train(module.training)  # type: ignore[no-any-return]
+
+
+def _parameter(value: Tensor, like: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(value.to(like.device, like.dtype).contiguous(), requires_grad=like.requires_grad)
+
+
+def _leading_pad(source: Any) -> tuple[list[int], str, Any]:
+    """(pad, mode, what is padded) of an F.pad call, or ([], "constant", source)."""
+    if not (isinstance(source, fx.Node) and source.op == "call_function" and source.target is F.pad):
+        return [], "constant", source
+    arguments = dict(zip(("input", "pad", "mode", "value"), source.args, strict=False)) | source.kwargs
+    pad, mode, value = arguments["pad"], arguments.get("mode", "constant"), arguments.get("value")
+    if any(isinstance(amount, fx.Node) for amount in (pad if isinstance(pad, (list, tuple)) else [pad])):
+        raise _Declined("its pads are computed from the input's size")
+    if value or mode not in _PAD_MODES:
+        raise _Declined(f"it pads with {value or mode}")
+    return list(pad), mode, arguments["input"]
+
+
+def _merge_padding(own: Any, pad: list[int], mode: str, spatial: int) -> Any:
+    """The one `padding` argument that says the same as F.pad with `pad` followed by the call's own."""
+    if not pad:
+        return own
+    pad = pad + [0] * (2 * spatial - len(pad))
+    before, after = pad[::2][::-1], pad[1::2][::-1]
+    if before != after:
+        raise _Declined(f"its pads differ on the two sides ({pad}), which a plain convolution cannot say")
+    inner = [own] * spatial if isinstance(own, int) else list(own)
+    if isinstance(own, str) or (mode != "constant" and any(inner)):
+        raise _Declined("it pads twice, in two ways")
+    return tuple(a + b for a, b in zip(before, inner, strict=True))
+
+
+def _evaluate(gm: fx.GraphModule, node: Any) -> Tensor:
+    """A kernel's or bias's value, computed in float64 on the CPU by running its part of the graph."""
+    values: dict[fx.Node, Any] = {}
+    needed = _with_metadata(node)
+
+    def exact(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            value = value.detach().to("cpu")
+            return value.double() if value.is_floating_point() else value
+        return value
+
+    with torch.no_grad():
+        for step in gm.graph.nodes:
+            if step not in needed:
+                continue
+            args, kwargs = (fx.map_arg(a, lambda n: values[n]) for a in (step.args, step.kwargs))
+            if step.op == "get_attr":
+                values[step] = exact(operator_get(gm, str(step.target)))
+            elif step.op == "call_function":
+                values[step] = step.target(*args, **kwargs)  # type: ignore[operator]
+            elif step.op == "call_method":
+                values[step] = getattr(args[0], str(step.target))(*args[1:], **kwargs)
+            else:
+                raise _Declined(f"its kernel needs '{step.name}', which is no parameter, buffer or constant")
+    result: Tensor = values[node]
+    return result.double()
+
+
+def _with_metadata(node: fx.Node) -> set[fx.Node]:
+    """Every node that `node` needs, reads of shapes included."""
+    found: set[fx.Node] = set()
+    open_nodes = [node]
+    while open_nodes:
+        current = open_nodes.pop()
+        if current not in found:
+            found.add(current)
+            open_nodes.extend(current.all_input_nodes)
+    return found
+
+
+def operator_get(gm: fx.GraphModule, target: str) -> Any:
+    from operator import attrgetter
+
+    return attrgetter(target)(gm)

@@ -1,0 +1,110 @@
+"""Reading an fx graph: its convolution calls, and where each call's kernel comes from."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from doconv_convert.nn.composition import CONVOLUTIONS, compose_kernel
+from doconv_convert.rewrite.sites import Reason
+
+_aten = torch.ops.aten
+_TRANSPOSED_CALLS = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+# call -> position of its `groups` argument
+_GROUPS_POSITION: dict[Any, int] = {
+    **dict.fromkeys(CONVOLUTIONS.values(), 6),
+    **dict.fromkeys(
+        [
+            getattr(getattr(_aten, f"conv{n}d"), overload)
+            for n in (1, 2, 3)
+            for overload in ("default", "padding")
+        ],
+        6,
+    ),
+    torch.convolution: 8,
+    _aten.convolution.default: 8,
+}
+_METADATA_METHODS = ("size", "dim", "numel", "ndimension", "stride", "is_floating_point", "is_complex", "element_size")
+_METADATA_ATTRIBUTES = ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One functional convolution in a graph or in a forward: its kernel's source and group count."""
+
+    node: fx.Node
+    kernel: Any
+    groups: int
+    transposed: bool
+
+
+def convolution_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, int, bool] | None:
+    """(kernel, groups, transposed) of a call of any of torch's convolution functions, else None."""
+    if target in _TRANSPOSED_CALLS:
+        position, transposed = 6, True
+    elif target in _GROUPS_POSITION:
+        position = _GROUPS_POSITION[target]
+        transposed = position == 8 and bool(args[6] if len(args) > 6 else kwargs.get("transposed", False))
+    else:
+        return None
+    kernel = args[1] if len(args) > 1 else kwargs.get("weight")
+    groups = args[position] if len(args) > position else kwargs.get("groups", 1)
+    return kernel, groups if isinstance(groups, int) else 1, transposed
+
+
+def functional_calls(graph: fx.Graph) -> Iterator[Call]:
+    """Every convolution that is called as a function."""
+    for node in graph.nodes:
+        if node.op == "call_function":
+            found = convolution_call(node.target, node.args, node.kwargs)
+            if found is not None and isinstance(found[0], fx.Node):
+                yield Call(node, *found)
+
+
+def attribute(module: nn.Module, target: str) -> Any:
+    """What a `get_attr` node reads."""
+    return operator.attrgetter(target)(module)
+
+
+def parameter_read(gm: fx.GraphModule, node: fx.Node) -> nn.Parameter | None:
+    """The Parameter that a `get_attr` node reads, or None."""
+    value = attribute(gm, str(node.target)) if node.op == "get_attr" else None
+    return value if isinstance(value, nn.Parameter) else None
+
+
+def kernel_origin(gm: fx.GraphModule, kernel: fx.Node) -> nn.Parameter | Reason | None:
+    """The Parameter that is the kernel, or why there is none; None where it is an over-parameterized one."""
+    if kernel.op == "call_function" and kernel.target is compose_kernel:
+        return None
+    if kernel.op == "get_attr":
+        return parameter_read(gm, kernel) or Reason.BLUR_FILTER
+    sources = [node for node in ancestors(kernel) if node.op in ("placeholder", "get_attr", "call_module")]
+    if any(node.op != "get_attr" for node in sources):
+        return Reason.INPUT_DEPENDENT
+    learned = any(parameter_read(gm, node) is not None for node in sources)
+    return Reason.COMPUTED if learned else Reason.BLUR_FILTER
+
+
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """The nodes whose *values* reach `node` (itself too); reading a shape or a dtype carries no values."""
+    found: set[fx.Node] = set()
+    open_nodes = [node]
+    while open_nodes:
+        current = open_nodes.pop()
+        if current not in found and not reads_metadata(current):
+            found.add(current)
+            open_nodes.extend(current.all_input_nodes)
+    return found
+
+
+def reads_metadata(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in _METADATA_METHODS
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in _METADATA_ATTRIBUTES
+    return node.op == "call_function" and str(node.target).startswith("aten.sym_size")

@@ -1,0 +1,148 @@
+"""One real forward, watched: which convolutions ran, how often, on what sizes, with which kernels.
+
+A torch function mode sees every call of a convolution function, whatever module or control flow it stands
+in, so this one way serves every model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from doconv_convert.rewrite.graphs import convolution_call
+from doconv_convert.rewrite.sites import Reason
+from doconv_convert.rewrite.tracing import undisturbed
+
+# Not a read of a kernel's values, though a tensor goes in and comes out.
+_NEUTRAL = ("__get__", "__set__", "requires_grad_", "register_hook")
+
+
+@dataclass
+class Watched:
+    """The calls of one kernel in one forward. `macs` counts multiply-accumulates over all calls."""
+
+    groups: set[int] = field(default_factory=set)
+    calls: int = 0
+    macs: int = 0
+    batch: int | None = None
+    output_size: tuple[int, ...] | None = None
+
+
+@dataclass
+class Forward:
+    """What a forward did: per Parameter id, per layer (over-parameterized ones) and kernels of no Parameter."""
+
+    by_parameter: dict[int, Watched] = field(default_factory=dict)
+    by_module: dict[int, Watched] = field(default_factory=dict)
+    odd_kernels: list[tuple[nn.Module, Reason, tuple[int, ...]]] = field(default_factory=list)
+    read_elsewhere: set[int] = field(default_factory=set)
+    entered: set[int] = field(default_factory=set)
+
+
+def run_model(model: nn.Module, example_inputs: Any) -> Any:
+    """Call `model` on its example inputs: a tuple or list of positional arguments, a dict of keyword
+    arguments, or one tensor."""
+    if isinstance(example_inputs, Mapping):
+        return model(**example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return model(*example_inputs)
+    return model(example_inputs)
+
+
+def watch_forward(model: nn.Module, example_inputs: Any) -> Forward:
+    """Run `model` once in eval mode without gradients and report its convolutions; nothing stays changed."""
+    forward = Forward()
+    stack: list[nn.Module] = []
+    with undisturbed(model), torch.no_grad(), _module_stack(model, stack, forward), _Watcher(model, stack, forward, example_inputs):
+        for module in model.modules():
+            module.training = False
+        run_model(model, example_inputs)
+    return forward
+
+
+@contextmanager
+def _module_stack(model: nn.Module, stack: list[nn.Module], forward: Forward) -> Iterator[None]:
+    def enter(module: nn.Module, args: Any) -> None:
+        stack.append(module)
+        forward.entered.add(id(module))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        stack.pop()
+
+    handles = [
+        nn.modules.module.register_module_forward_pre_hook(enter),
+        nn.modules.module.register_module_forward_hook(leave, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Watcher(TorchFunctionMode):
+    def __init__(self, model: nn.Module, stack: list[nn.Module], forward: Forward, example_inputs: Any) -> None:
+        super().__init__()
+        self.stack, self.forward = stack, forward
+        self.parameters = {id(p) for p in model.parameters()}
+        self.buffers = {id(b) for b in model.buffers()}
+        # Tensors whose values come from the inputs: what tells an input-dependent kernel from a computed one.
+        self.from_input: Any = WeakIdKeyDictionary()
+        for leaf in tree_leaves(example_inputs):
+            self._taint(leaf)
+
+    def _taint(self, value: Any) -> None:
+        if isinstance(value, Tensor):
+            self.from_input[value] = True
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if any(leaf in self.from_input for leaf in leaves):
+            for leaf in tree_leaves(result):
+                self._taint(leaf)
+        call = convolution_call(func, args, kwargs)
+        kernel = call[0] if call is not None and not call[2] else None
+        if call is not None and kernel is not None and isinstance(result, Tensor):
+            self._record(kernel, call[1], result)
+        if getattr(func, "__name__", "") not in _NEUTRAL and any(isinstance(r, Tensor) for r in tree_leaves(result)):
+            for leaf in leaves:
+                if id(leaf) in self.parameters and leaf is not kernel and not self._is_own(leaf):
+                    self.forward.read_elsewhere.add(id(leaf))
+        return result
+
+    def _is_own(self, parameter: Tensor) -> bool:
+        current = self.stack[-1] if self.stack else None
+        return current is not None and any(parameter is p for p in current._parameters.values())
+
+    def _record(self, kernel: Tensor, groups: int, output: Tensor) -> None:
+        current = self.stack[-1]
+        if id(kernel) in self.parameters:
+            if not self._is_own(kernel):
+                self.forward.read_elsewhere.add(id(kernel))
+            watched = self.forward.by_parameter.setdefault(id(kernel), Watched())
+        elif getattr(current, "stored_kernels", ()):
+            watched = self.forward.by_module.setdefault(id(current), Watched())
+        else:
+            self.forward.odd_kernels.append((current, self._reason(kernel), tuple(kernel.shape)))
+            return
+        batched = output.dim() == kernel.dim()
+        watched.groups.add(groups)
+        watched.calls += 1
+        watched.macs += output.numel() * kernel[0].numel()
+        watched.batch = output.shape[0] if batched else 1
+        watched.output_size = tuple(output.shape[2 if batched else 1 :])
+
+    def _reason(self, kernel: Tensor) -> Reason:
+        if kernel in self.from_input:
+            return Reason.INPUT_DEPENDENT
+        return Reason.BLUR_FILTER if id(kernel) in self.buffers else Reason.COMPUTED

@@ -1,0 +1,179 @@
+"""The two torch.fx passes: over-parameterize a graph's convolutions, and fold them back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import fx, nn
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from doconv_convert.errors import DoconvError
+from doconv_convert.nn.composition import compose_kernel
+from doconv_convert.nn.stored import SLOTS_SUFFIX, StoredKernel
+from doconv_convert.rewrite.discover import discover
+from doconv_convert.rewrite.folding import Factors, assign_folded, folded_kernel, layer_factors, restore_layers
+from doconv_convert.rewrite.graphs import parameter_read
+from doconv_convert.rewrite.install import (
+    factors,
+    install,
+    is_graph_storage,
+    refuse_name_clashes,
+    register_factors,
+)
+from doconv_convert.rewrite.sites import Action, Options, Site, decide
+
+
+class ToDOConvPass(PassBase):
+    """Over-parameterize every eligible convolution of a GraphModule, in place.
+
+    A convolution layer becomes a DOConv layer. A functional convolution on a Parameter gets a
+    `compose_kernel` call between the Parameter and everything that reads it, with D as a new Parameter beside
+    it. What is computed does not change.
+
+    Arguments are `to_doconv`'s. `sites` is what a caller has planned already for a larger model; by default
+    the graph module is planned alone.
+    """
+
+    def __init__(
+        self,
+        d_mul: int | str = "K",
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+        *,
+        pointwise: bool = False,
+        max_d_params: int = 16_000_000,
+        seed: int = 0,
+        sites: Sequence[Site] | None = None,
+    ) -> None:
+        super().__init__()
+        self.options = Options(d_mul, include, exclude, pointwise, max_d_params, seed)
+        self.sites = sites
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """PassResult(the same graph module, whether anything was converted).
+
+        Raises UsageError or DoconvError, before the first change, for what `to_doconv` refuses.
+        """
+        if self.sites is not None:
+            return PassResult(graph_module, self._rewrite(graph_module, self.sites))
+        discovery = discover(graph_module)
+        decide(discovery.sites, self.options)
+        planned = [site for site in discovery.sites if site.action is Action.CONVERT]
+        for site in planned:
+            refuse_name_clashes(site)
+        for region in discovery.regions:
+            for graph in region.graphs:
+                self._rewrite(graph, planned)
+        for site in planned:
+            install(site, self.options)
+        return PassResult(graph_module, bool(planned))
+
+    def _rewrite(self, gm: fx.GraphModule, sites: Sequence[Site]) -> bool:
+        by_parameter = {id(s.parameter): s for s in sites if s.action is Action.CONVERT and s.parameter is not None}
+        modified = False
+        for node in list(gm.graph.nodes):
+            parameter = parameter_read(gm, node)
+            if node.op == "call_module":
+                parameter = gm.get_submodule(str(node.target))._parameters.get("weight")
+            site = by_parameter.get(id(parameter))
+            if parameter is None or site is None:
+                continue
+            if node.op == "call_module":
+                install(site, self.options)
+            elif site.d_mul is not None:
+                _insert_composition(gm, node, site, self.options)
+            site.rewritten = modified = True
+        gm.graph.lint()
+        gm.recompile()
+        return modified
+
+
+def _insert_composition(gm: fx.GraphModule, read: fx.Node, site: Site, options: Options) -> None:
+    path, _, name = str(read.target).rpartition(".")
+    owner = gm.get_submodule(path)
+    if any(user.target is compose_kernel for user in read.users):
+        return
+    if not is_graph_storage(owner):
+        install(site, options)
+        if not isinstance(getattr(owner, name), nn.Parameter):
+            return  # the attribute itself composes now
+    kernel = StoredKernel(name, site.group_count)
+    d, extra = factors(site, options)
+    if kernel.d_name not in owner._parameters:
+        register_factors(owner, kernel, d, extra)
+    readers = list(read.users)
+    with gm.graph.inserting_after(read):
+        prefix = f"{path}." if path else ""
+        d_node = gm.graph.get_attr(prefix + kernel.d_name)
+    last = d_node
+    extra_node = None
+    if extra is not None:
+        with gm.graph.inserting_after(d_node):
+            last = extra_node = gm.graph.get_attr(prefix + kernel.extra_name)
+    with gm.graph.inserting_after(last):
+        composed = gm.graph.call_function(compose_kernel, (read, d_node, extra_node, kernel.groups))
+    for reader in readers:
+        reader.replace_input_with(read, composed)
+
+
+class FoldPass(PassBase):
+    """Fold every DO-Conv of a GraphModule back into an ordinary convolution, in place.
+
+    Kernels are composed in float64, checked against feature composition, and cast once. A plain graph module
+    comes back unmodified.
+    """
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """PassResult(the same graph module, whether anything was folded).
+
+        Raises DoconvError, before the first change, for a kernel that is not finite.
+        """
+        graphs = [(path, m) for path, m in graph_module.named_modules() if isinstance(m, fx.GraphModule)]
+        compositions = [_Composition(gm, path, node) for path, gm in graphs for node in _composition_nodes(gm)]
+        layers = layer_factors(graph_module)
+        every = [*layers, *(composition.factors for composition in compositions)]
+        for one in every:
+            folded_kernel(one)
+        assign_folded(every)
+        for composition in compositions:
+            composition.remove()
+        for _, gm in graphs:
+            gm.graph.eliminate_dead_code()
+            gm.graph.lint()
+            gm.recompile()
+        modified = bool(compositions) or restore_layers(graph_module)
+        return PassResult(graph_module, modified)
+
+
+def _composition_nodes(gm: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in gm.graph.nodes if node.op == "call_function" and node.target is compose_kernel]
+
+
+class _Composition:
+    """One `compose_kernel` call of a graph, with the Parameters it reads."""
+
+    def __init__(self, gm: fx.GraphModule, path: str, node: fx.Node) -> None:
+        self.gm, self.node = gm, node
+        weight, d, extra, groups = (*node.args, *[None] * 4)[:4]
+        self.reads = [read for read in (weight, d, extra) if isinstance(read, fx.Node)]
+        tensors = [parameter_read(gm, read) for read in self.reads]
+        if len(self.reads) < 2 or not isinstance(groups, int) or any(tensor is None for tensor in tensors):
+            raise DoconvError(f"'{node.name}': a compose_kernel call must read Parameters of the graph module itself.")
+        name = f"{path}.{self.reads[0].target}".lstrip(".")
+        self.factors = Factors(name, tensors[0], tensors[1], tensors[2] if len(tensors) == 3 else None, groups)  # type: ignore[arg-type]
+
+    def remove(self) -> None:
+        weight = self.reads[0]
+        path, _, name = str(weight.target).rpartition(".")
+        owner = self.gm.get_submodule(path)
+        for read in self.reads[1:]:
+            owner._parameters.pop(str(read.target).rpartition(".")[2], None)
+        plain_name = name.removesuffix(SLOTS_SUFFIX)
+        if plain_name != name:
+            owner._parameters[plain_name] = owner._parameters.pop(name, None)
+            weight.target = f"{path}.{plain_name}".lstrip(".")
+        self.node.replace_all_uses_with(weight)
+        self.gm.graph.erase_node(self.node)
+        for read in self.reads[1:]:
+            if not read.users:
+                self.gm.graph.erase_node(read)

@@ -1,0 +1,130 @@
+"""`plan`: every convolution of a model, a row each, before anything is changed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from doconv_convert.rewrite.discover import Discovery, discover
+from doconv_convert.rewrite.sites import Action, Options, Site, decide
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One convolution. `calls`, `output_size` and `macs` (of all calls, at the example inputs' batch) are None
+    where no forward was run; `d_mul` is None where the layer has no D."""
+
+    name: str
+    aliases: list[str]
+    kind: str
+    kernel: list[int]
+    in_channels: int
+    out_channels: int
+    groups: int
+    d_mul: int | None
+    added_parameters: int
+    calls: int | None
+    output_size: list[int] | None
+    macs: int | None
+    action: str
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `to_doconv` would do. `not_looked_into` names modules whose own forward could neither be traced nor
+    was run: a functional convolution in there would be missed (its layers are not)."""
+
+    model: str
+    rows: list[PlanRow]
+    not_looked_into: list[str]
+
+    @property
+    def added_parameters(self) -> int:
+        return sum(row.added_parameters for row in self.rows)
+
+    def counts(self) -> dict[str, int]:
+        """How many convolutions are converted, have no D (1x1), are already DO-Conv, and are kept by reason."""
+        counts: Counter[str] = Counter()
+        for row in self.rows:
+            if row.action == Action.CONVERT.value and row.d_mul is None:
+                counts["convert, no D (1x1)"] += 1
+            else:
+                counts[row.action if row.reason is None else f"{row.action}: {row.reason}"] += 1
+        return dict(counts)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "added_parameters": self.added_parameters, "counts": self.counts()}
+
+    def __str__(self) -> str:
+        head = ["name", "kind", "kernel", "groups", "D_mul", "added", "calls", "output", "MACs", "action"]
+        lines = [[_text(value) for value in _cells(row)] for row in self.rows]
+        widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
+        table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in [head, *lines]]
+        summary = ", ".join(f"{count} {what}" for what, count in self.counts().items()) or "no convolution"
+        table.append(f"{self.model}: {summary}; {self.added_parameters:,} parameters added for training.")
+        table += [f"not looked into: '{path or self.model}' (pass example_inputs)" for path in self.not_looked_into]
+        return "\n".join(table)
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    d_mul: int | str = "K",
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    pointwise: bool = False,
+    max_d_params: int = 16_000_000,
+) -> Plan:
+    """Every convolution of `model` with what `to_doconv` would do to it; the model is not changed.
+
+    Arguments are `to_doconv`'s; with `example_inputs` one forward in eval mode adds calls, output sizes and MACs.
+    Raises UsageError as `to_doconv` does.
+    """
+    discovery = discover(model, example_inputs)
+    decide(discovery.sites, Options(d_mul, include, exclude, pointwise, max_d_params))
+    return as_plan(discovery)
+
+
+def as_plan(discovery: Discovery) -> Plan:
+    return Plan(type(discovery.model).__name__, [_row(site) for site in discovery.sites], discovery.not_looked_into)
+
+
+def _row(site: Site) -> PlanRow:
+    shape = site.shape
+    return PlanRow(
+        name=site.name,
+        aliases=site.names[1:],
+        kind=site.kind,
+        kernel=list(shape[2:]),
+        in_channels=site.in_channels,
+        out_channels=shape[0] if shape else 0,
+        groups=site.group_count,
+        d_mul=site.d_mul,
+        added_parameters=site.added_parameters if site.action is Action.CONVERT else 0,
+        calls=site.calls,
+        output_size=None if site.output_size is None else list(site.output_size),
+        macs=site.macs,
+        action=site.action.value,
+        reason=None if site.reason is None else site.reason.value,
+    )
+
+
+def _cells(row: PlanRow) -> list[Any]:
+    action = row.action if row.reason is None else f"{row.action}: {row.reason}"
+    if row.action == Action.CONVERT.value and row.d_mul is None:
+        action += " (no D)"
+    kernel = "x".join(map(str, row.kernel))
+    size = None if row.output_size is None else "x".join(map(str, row.output_size))
+    return [row.name, row.kind, kernel, row.groups, row.d_mul, row.added_parameters, row.calls, size, row.macs, action]
+
+
+def _text(value: Any) -> str:
+    if value is None or value == "":
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,120 @@
+"""Tracing without leaving marks: each maximal traceable region of a model as a GraphModule."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
+
+
+class SiteTracer(fx.Tracer):
+    """Stops at convolution layers of any class and at GraphModules, which are regions of their own."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, (_ConvNd, fx.GraphModule)) or super().is_leaf_module(m, module_qualified_name)
+
+
+@dataclass
+class Region:
+    """A module that could be traced, with one graph a mode (training, eval); or a GraphModule of the user's
+    own (`is_own`), which is its own graph."""
+
+    path: str
+    graphs: list[fx.GraphModule]
+    is_own: bool = False
+
+
+@dataclass
+class Regions:
+    traced: list[Region] = field(default_factory=list)
+    untraced: list[str] = field(default_factory=list)
+
+
+def find_regions(model: nn.Module) -> Regions:
+    """Trace `model` in training and in eval mode; enter child by child what cannot be traced in both.
+
+    The model is left exactly as it was: whatever a forward writes on its modules while it is traced is undone.
+    """
+    regions = Regions()
+    _enter(model, "", regions, visited=set())
+    return regions
+
+
+def _enter(module: nn.Module, path: str, regions: Regions, visited: set[int]) -> None:
+    if id(module) in visited:
+        return
+    visited.add(id(module))
+    if isinstance(module, fx.GraphModule):
+        regions.traced.append(Region(path, [module], is_own=True))  # its children may be opaque modules: entered below
+    elif not _has_own_forward(module):
+        pass
+    else:
+        graphs = [graph for training in (True, False) if (graph := trace(module, training)) is not None]
+        if graphs:
+            regions.traced.append(Region(path, graphs))
+        if len(graphs) == 2:
+            for name, child in module.named_modules():
+                if isinstance(child, fx.GraphModule):
+                    _enter(child, f"{path}.{name}".lstrip("."), regions, visited)
+            return
+        regions.untraced.append(path)
+    for name, child in module.named_children():
+        _enter(child, f"{path}.{name}".lstrip("."), regions, visited)
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """False for containers (a ModuleList) and for torch's own leaves, which hold no functional convolution."""
+    forward = getattr(type(module), "forward", None)
+    if forward is None or forward is getattr(nn.Module, "forward", None) or isinstance(module, _ConvNd):
+        return False
+    return isinstance(module, nn.Sequential) or not type(module).__module__.startswith("torch.nn.")
+
+
+def trace(module: nn.Module, training: bool) -> fx.GraphModule | None:
+    """One symbolic trace of `module` in the given mode, or None where fx cannot follow it."""
+    tracer = SiteTracer()
+    with undisturbed(module):
+        for child in module.modules():
+            child.training = training
+        try:
+            graph = tracer.trace(module)
+            graph.lint()
+            return fx.GraphModule(tracer.root, graph)
+        except Exception:  # a user's forward may raise anything on a proxy; the caller enters the children instead
+            return None
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Whatever a forward does to attributes, registered tensors, `training` flags, and random states
+    is undone; what it writes into a buffer in place is not."""
+    saved = [(module.__dict__, _copy_containers(module.__dict__)) for module in model.modules()]
+    python_state, rng_state = random.getstate(), torch.random.get_rng_state()
+    try:
+        yield
+    finally:
+        for attributes, before in saved:
+            for name, (value, content) in before.items():
+                if content is not None:
+                    # The same container object, since others may hold it.
+                    value.clear()
+                    value.extend(content) if isinstance(value, list) else value.update(content)
+            attributes.clear()
+            attributes.update({name: value for name, (value, _) in before.items()})
+        random.setstate(python_state)
+        torch.random.set_rng_state(rng_state)
+
+
+def _copy_containers(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return {
+        name: (value, copy.copy(value) if type(value) in (dict, list, set, OrderedDict) else None)
+        for name, value in attributes.items()
+    }
