@@ -39,7 +39,7 @@ _HOMES = {
     "UsageError": "errors",
 }
 
-__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+__all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
     from doconv_convert.artifacts.checkpoint import load as load

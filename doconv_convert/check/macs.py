@@ -12,6 +12,7 @@ constants (the arithmetic with which exporters compute sizes) are evaluated on t
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, TypeAlias
@@ -19,7 +20,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx
 import onnx.inliner
-from onnx import AttributeProto, TensorProto, TypeProto, helper, numpy_helper, shape_inference
+from onnx import TensorProto, TypeProto, helper, numpy_helper, shape_inference
 from onnx.reference import ReferenceEvaluator
 
 from doconv_convert.check.graph import CARRIERS, ModelSource, read_model
@@ -56,7 +57,9 @@ NOT_COUNTED = frozenset(
     Bernoulli Multinomial RandomNormal RandomNormalLike RandomUniform RandomUniformLike
     """.split()
 )
-"""Operators without MACs by convention: elementwise; reductions, normalisation, pooling, resizing; moving data."""
+"""Without MACs by convention: elementwise; reductions, normalisation, pooling, resizing; moving data; random."""
+
+_RANDOM = frozenset(op for op in NOT_COUNTED if op.startswith(("Bernoulli", "Multinomial", "Random")))
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,9 @@ def compare_counts(a: MacCount, b: MacCount) -> list[str]:
         found.append(f"multiplying nodes: expected {len(a.nodes)} got {len(b.nodes)}")
     for index, (x, y) in enumerate(zip(a.nodes, b.nodes, strict=False)):
         if (x.op, x.macs, x.parameters) != (y.op, y.macs, y.parameters):
-            expected, got = (f"{n.op} '{n.name}', {_exact(n.macs)}, {n.parameters:,} parameters" for n in (x, y))
+            expected, got = (
+                f"{n.op} '{n.name}', {_exact(n.macs)}, {n.parameters:,} parameters" for n in (x, y)
+            )
             found.append(f"multiplying node {index}: expected {expected}; got {got}")
     for op in sorted(a.uncounted.keys() | b.uncounted.keys()):
         expected_nodes, got_nodes = a.uncounted.get(op, 0), b.uncounted.get(op, 0)
@@ -190,11 +195,6 @@ class _Scope:
         if prod(tensor.dims) <= _SMALL and tensor.data_location != TensorProto.EXTERNAL:
             self.constants[name] = numpy_helper.to_array(tensor)
 
-    def copy(self, name: str, other: "_Scope", source: str) -> None:
-        for mine, theirs in ((self.types, other.types), (self.constants, other.constants)):
-            if source in theirs:
-                mine[name] = theirs[source]
-
     def constant(self, name: str) -> Any:
         """The value of a constant of one element, else None."""
         value = self.constants.get(name)
@@ -239,9 +239,20 @@ class _Walk:
         if op in NOT_COUNTED or (op == "Einsum" and len(node.input) == 1):
             return MacCount()
         rule, positions = _RULES.get(op, (_unknown, ()))
+
+        def shape(index: int) -> _Shape:
+            known = scope.shape(node.output[0] if index == _OUTPUT else node.input[index])
+            if known is None:
+                raise LookupError
+            return known
+
         try:
-            macs = rule(node, lambda index: _known(scope.shape((node.output[:1] if index == _OUTPUT else node.input)[index])))
-        except (LookupError, ArithmeticError, ValueError):
+            macs = rule(node, shape)
+        except (
+            LookupError,
+            ArithmeticError,
+            ValueError,
+        ):  # a shape unknown, or none that the operator can have
             return MacCount((), {op: 1})
         parameters = sum(scope.weights.get(node.input[i], 0) for i in positions if i < len(node.input))
         return MacCount((NodeMacs(_label(node), op, node.output[0], macs, parameters),))
@@ -260,9 +271,10 @@ class _Walk:
             [numpy_helper.from_array(value, name) for name, value in constants.items()],
         )
         model = helper.make_model(graph, opset_imports=self.opsets, ir_version=self.ir_version)
-        inferred = shape_inference.infer_shapes(model, data_prop=True)
-        scope.types.update((value.name, value.type) for value in inferred.graph.output if value.HasField("type"))
-        feeds = {}
+        with suppress(shape_inference.InferenceError):  # raised for an operator that onnx does not know
+            inferred = shape_inference.infer_shapes(model, data_prop=True)
+            scope.types.update((value.name, value.type) for value in inferred.graph.output)
+        feeds: dict[str, np.ndarray[Any, Any]] = {}
         if node.op_type in ("Shape", "Size") and (shape := scope.shape(node.input[0])) is not None:
             feeds = {name: np.broadcast_to(np.float32(0), shape) for name in typed}
         shapes = [scope.shape(name) for name in outputs]
@@ -280,13 +292,132 @@ class _Walk:
             if isinstance(result, np.ndarray | np.generic):
                 scope.constants[output.name] = np.asarray(result)
 
-    def branch(self, node: onnx.NodeProto, branches: Mapping[str, onnx.GraphProto], scope: _Scope) -> MacCount:
-        taken = {True: ["then_branch"], False: ["else_branch"]}.get(scope.constant(node.input[0]), list(branches))
+    def branch(
+        self, node: onnx.NodeProto, branches: Mapping[str, onnx.GraphProto], scope: _Scope
+    ) -> MacCount:
+        condition = scope.constant(node.input[0])
+        taken = list(branches) if condition is None else ["then_branch" if condition else "else_branch"]
         scopes = [scope.inner() for _ in taken]
-        counts = [_under(f"{_label(node)}/{name}", self.graph(branches[name], inner)) for name, inner in zip(taken, scopes, strict=True)]
+        counts = [self.graph(branches[name], inner) for name, inner in zip(taken, scopes, strict=True)]
         for index, output in enumerate(node.output):
             names = [branches[name].output[index].name for name in taken]
             if len({inner.shape(name) for inner, name in zip(scopes, names, strict=True)}) == 1:
-                scope.copy(output, scopes[0], names[0])
-        costly = max(counts, key=lambda count: count.total)
-        return MacCount(costly.nodes, _merged(counts).uncounted)
+                scope.types[output] = scopes[0].types.get(names[0], TypeProto())
+            if len(taken) == 1 and names[0] in scopes[0].constants:
+                scope.constants[output] = scopes[0].constants[names[0]]
+        costliest = max(range(len(taken)), key=lambda index: counts[index].total)
+        nodes = _repeated(counts[costliest], f"{_label(node)}/{taken[costliest]}", 1).nodes
+        return MacCount(nodes, _merged(counts).uncounted)
+
+    def loop(self, node: onnx.NodeProto, body: onnx.GraphProto, scope: _Scope) -> MacCount:
+        """A loop counts if its number of turns is a constant and what it carries keeps its shape."""
+        turns = scope.constant(node.input[0])
+        inner = scope.inner()
+        inner.types[body.input[0].name] = helper.make_tensor_type_proto(TensorProto.INT64, [])
+        if not node.input[1] or scope.constant(node.input[1]):
+            inner.constants[body.input[1].name] = np.array(True)
+        for value, name in zip(body.input[2:], node.input[2:], strict=True):
+            inner.types[value.name] = scope.types.get(name, TypeProto())
+        count = self.graph(body, inner)
+        carried = list(zip(node.output, body.input[2:], body.output[1:], strict=False))
+        stable = all(inner.shape(before.name) == inner.shape(after.name) for _, before, after in carried)
+        if stable:
+            scope.types.update((output, inner.types[before.name]) for output, before, _ in carried)
+            if turns is not None and inner.constant(body.output[0].name):
+                return _repeated(count, f"{_label(node)}/body", turns)
+        return MacCount((), {"Loop": 1} if count.nodes or count.uncounted else {})
+
+
+def _label(node: onnx.NodeProto) -> str:
+    return node.name or node.output[0]
+
+
+def _merged(counts: Iterable[MacCount]) -> MacCount:
+    nodes: list[NodeMacs] = []
+    uncounted: Counter[str] = Counter()
+    for count in counts:
+        nodes += count.nodes
+        uncounted.update(count.uncounted)
+    return MacCount(tuple(nodes), dict(uncounted))
+
+
+def _repeated(count: MacCount, prefix: str, times: int) -> MacCount:
+    """The count of a subgraph that runs `times` times, with its nodes named below `prefix`."""
+    nodes = (replace(node, name=f"{prefix}/{node.name}", macs=node.macs * times) for node in count.nodes)
+    return MacCount(tuple(nodes), count.uncounted)
+
+
+def _conv(weight: int) -> _Rule:
+    """Every output element sums over the channels of its group and the kernel: weight (C_out, C_in/g, *kernel)."""
+    return lambda _, shape: prod(shape(_OUTPUT)) * prod(shape(weight)[1:])
+
+
+def _conv_transpose(_: onnx.NodeProto, shape: _ShapeOf) -> int:
+    """Every input element goes to the channels of its group: weight (C_in, C_out/g, *kernel)."""
+    return prod(shape(0)) * prod(shape(1)[1:])
+
+
+def _gemm(node: onnx.NodeProto, shape: _ShapeOf) -> int:
+    transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
+    return prod(shape(_OUTPUT)) * shape(0)[0 if transposed else 1]
+
+
+def _matmul(_: onnx.NodeProto, shape: _ShapeOf) -> int:
+    return prod(shape(_OUTPUT)) * shape(0)[-1]
+
+
+def _einsum(node: onnx.NodeProto, shape: _ShapeOf) -> int:
+    """The product of all index extents, for two operands."""
+    equation = next(attribute.s.decode() for attribute in node.attribute if attribute.name == "equation")
+    first, second = equation.replace(" ", "").split("->")[0].split(",")
+    extents: dict[str, int] = {}
+    batches: list[_Shape] = []
+    for term, dims in ((first, shape(0)), (second, shape(1))):
+        before, ellipsis, after = term.partition("...")
+        stop = len(dims) - len(after)
+        batches.append(dims[len(before) : stop] if ellipsis else ())
+        for letter, extent in zip(before + after, dims[: len(before)] + dims[stop:], strict=True):
+            extents[letter] = max(extent, extents.get(letter, 1))
+    return prod(extents.values()) * prod(np.broadcast_shapes(*batches))
+
+
+def _attention(node: onnx.NodeProto, shape: _ShapeOf) -> int:
+    """Queries times keys, and their weights times values; packed operands are (batch, length, heads * size)."""
+    heads = {attribute.name: attribute.i for attribute in node.attribute}
+    query, key, value = shape(0), shape(1), shape(2)
+    if len(query) == 3:
+        (batch, length, width), q_heads, kv_heads = query, heads["q_num_heads"], heads["kv_num_heads"]
+        keys, size, value_size = key[1], width // q_heads, value[2] // kv_heads
+    else:
+        (batch, q_heads, length, size), keys, value_size = query, key[2], value[3]
+    past = shape(4)[2] if len(node.input) > 4 and node.input[4] else 0
+    return batch * q_heads * length * (keys + past) * (size + value_size)
+
+
+def _recurrent(_: onnx.NodeProto, shape: _ShapeOf) -> int:
+    """Each step of each sequence multiplies by both weights, which hold all gates and directions."""
+    return prod(shape(0)[:2]) * (prod(shape(1)) + prod(shape(2)))
+
+
+def _unknown(_: onnx.NodeProto, __: _ShapeOf) -> int:
+    raise LookupError
+
+
+# operator: how its MACs follow from its shapes, and which of its inputs are weights or biases
+_RULES: dict[str, tuple[_Rule, tuple[int, ...]]] = {
+    "Conv": (_conv(1), (1, 2)),
+    "ConvInteger": (_conv(1), (1,)),
+    "QLinearConv": (_conv(3), (3, 8)),
+    "DeformConv": (_conv(1), (1, 3)),
+    "CausalConvWithState": (_conv(1), (1, 2)),
+    "ConvTranspose": (_conv_transpose, (1, 2)),
+    "Gemm": (_gemm, (0, 1, 2)),
+    "MatMul": (_matmul, (0, 1)),
+    "MatMulInteger": (_matmul, (0, 1)),
+    "QLinearMatMul": (_matmul, (0, 3)),
+    "Einsum": (_einsum, (0, 1)),
+    "Attention": (_attention, ()),
+    "LSTM": (_recurrent, (1, 2, 3, 7)),
+    "GRU": (_recurrent, (1, 2, 3)),
+    "RNN": (_recurrent, (1, 2, 3)),
+}

@@ -92,8 +92,7 @@ def convolve_features(
     in_channels, _, d_mul = d.shape
     depthwise = full_d(d).transpose(1, 2).reshape(in_channels * d_mul, 1, *weight.shape[2:]).to(weight.dtype)
     pointwise = full_w(weight, weight_extra).reshape(weight.shape[0], -1, *[1] * spatial)
-    # typeshed's overloads split on str against sequences; both are fine at run time.
-    features = convolve(x, depthwise, None, stride, padding, dilation, in_channels)  # type: ignore[arg-type]
+    features = convolve(x, depthwise, None, stride, padding, dilation, in_channels)
     return convolve(features, pointwise, bias, groups=groups)
 
 

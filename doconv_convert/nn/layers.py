@@ -9,7 +9,13 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from doconv_convert.errors import UsageError
-from doconv_convert.nn.composition import compose_kernel, convolve_features, draw_weight_extra, kind_of, resolve_d_mul
+from doconv_convert.nn.composition import (
+    compose_kernel,
+    convolve_features,
+    draw_weight_extra,
+    kind_of,
+    resolve_d_mul,
+)
 from doconv_convert.nn.stored import StoredKernel, load_factors, new_factors
 
 COMPOSITIONS = ("kernel", "feature")
@@ -51,7 +57,8 @@ class _DOConv(nn.modules.conv._ConvNd):
         Raises:
             UsageError: D_mul < K (the stored form starts at [I | 0]), or an unknown composition.
         """
-        super().__init__(  # type: ignore[call-arg]
+        plain: Any = super()
+        plain.__init__(
             in_channels,
             out_channels,
             kernel_size,
@@ -60,7 +67,7 @@ class _DOConv(nn.modules.conv._ConvNd):
             dilation,
             groups,
             bias,
-            padding_mode,  # type: ignore[arg-type]
+            padding_mode,
             device=device,
             dtype=dtype,
         )
@@ -93,7 +100,13 @@ class _DOConv(nn.modules.conv._ConvNd):
         return layer
 
     def over_parameterize(
-        self, d_mul: int | str = "K", *, composition: str = "kernel", pointwise: bool = False, seed: int = 0, name: str = ""
+        self,
+        d_mul: int | str = "K",
+        *,
+        composition: str = "kernel",
+        pointwise: bool = False,
+        seed: int = 0,
+        name: str = "",
     ) -> None:
         """Add a fresh D (zero) and, where D_mul > K, weight_extra to the plain parameters."""
         positions = self.weight.shape[2:].numel()
@@ -145,10 +158,10 @@ class _DOConv(nn.modules.conv._ConvNd):
         """Convolve (B, C_in, *size) or (C_in, *size), as the plain layer does."""
         if isinstance(input, fx.Proxy):  # an fx leaf in anybody's tracer, though not in torch.nn
             tracer: Any = input.tracer
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})  # type: ignore[no-any-return]
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
         if self.composition == "feature" and self.D is not None:
             return self._convolve_features(input, self.D)
-        return self._conv_forward(input, self.effective_kernel(), self.bias)  # type: ignore[no-any-return,operator]
+        return self._conv_forward(input, self.effective_kernel(), self.bias)
 
     def _convolve_features(self, x: Tensor, d: Tensor) -> Tensor:
         padding: Any = self.padding
@@ -170,7 +183,8 @@ class _DOConv(nn.modules.conv._ConvNd):
                 extra.copy_(draw_weight_extra(extra.shape, self.weight.shape[2:].numel(), 0, ""))
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, d_mul={self.d_mul}, kind={self.kind}"
+        plain = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{plain}, d_mul={self.d_mul}, kind={self.kind}"
 
     def _load_from_state_dict(
         self,

@@ -23,7 +23,7 @@ fx.wrap("compose_kernel")
 def overlay(module: nn.Module, kernels: Sequence[StoredKernel]) -> None:
     """Turn `module`, whose `_parameters` already hold every D, into its own run-time subclass."""
     base = base_class(module)
-    module.__class__ = _overlay_class(base, (*stored_kernels(module), *kernels))
+    module.__class__ = _overlay_class(base, (*stored_kernels(module), *kernels))  # type: ignore[arg-type]
 
 
 def remove_overlay(module: nn.Module) -> None:
@@ -57,11 +57,11 @@ def read_factors(module: nn.Module, kernel: StoredKernel) -> tuple[Tensor, Tenso
 def _kernel_property(kernel: StoredKernel) -> property:
     def composed(module: nn.Module) -> Tensor:
         # Looked up at each call: torch.fx patches this very method to record reads of parameters.
-        read = nn.Module.__getattr__
+        read: Any = nn.Module.__getattr__
         weight = read(module, kernel.name)
         if isinstance(weight, fx.Proxy):
             # A GraphModule copies by attribute access what its graph reads: let it find W, not the composed kernel.
-            owner, _, attribute = weight.node.target.rpartition(".")
+            owner, _, attribute = str(weight.node.target).rpartition(".")
             if attribute == kernel.name:  # fx hands out one proxy for every read
                 weight.node.target = f"{owner}.{kernel.slots_name}".lstrip(".")
         extra = read(module, kernel.extra_name) if kernel.extra_name in module._parameters else None
@@ -74,6 +74,10 @@ def _kernel_property(kernel: StoredKernel) -> property:
             raise RuntimeError(f"'{kernel.name}' could not be composed: {error}") from error
 
     return property(getter)
+
+
+def _slots_property(kernel: StoredKernel) -> property:
+    return property(lambda module: module._parameters[kernel.name])
 
 
 @functools.cache
@@ -89,13 +93,19 @@ def _overlay_class(base: type[nn.Module], kernels: tuple[StoredKernel, ...]) -> 
             self._parameters[d_names[name]] = nn.Parameter(torch.zeros_like(d), requires_grad=d.requires_grad)
 
     def _load_from_state_dict(
-        self: nn.Module, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str], *rest: Any
+        self: nn.Module,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        *rest: Any,
     ) -> None:
         base._load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *rest)
         load_factors(self, kernels, state_dict, prefix, local_metadata, missing_keys)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
-        _, arguments, *rest = base.__reduce_ex__(self, max(2, int(protocol)))
+        _, arguments, *rest = cast("tuple[Any, ...]", base.__reduce_ex__(self, max(2, int(protocol))))
         return (_new_overlaid, (base, kernels, *arguments[1:]), *rest)
 
     members: dict[str, Any] = {
@@ -107,12 +117,12 @@ def _overlay_class(base: type[nn.Module], kernels: tuple[StoredKernel, ...]) -> 
         "_overlay_base": base,
         "stored_kernels": kernels,
         **{kernel.name: _kernel_property(kernel) for kernel in kernels},
-        **{kernel.slots_name: property(lambda self, name=kernel.name: self._parameters[name]) for kernel in kernels},
+        **{kernel.slots_name: _slots_property(kernel) for kernel in kernels},
     }
     return type(f"DO{base.__name__}", (base,), members)
 
 
 def _new_overlaid(base: type[nn.Module], kernels: tuple[StoredKernel, ...], *arguments: Any) -> nn.Module:
     """Rebuild a pickled or copied overlaid module; its state follows."""
-    cls = _overlay_class(base, kernels)
+    cls = _overlay_class(base, kernels)  # type: ignore[arg-type]
     return cls.__new__(cls, *arguments)

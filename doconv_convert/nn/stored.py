@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from doconv_convert.nn.composition import draw_weight_extra
 
-
 SLOTS_SUFFIX = "_first_slots"
 
 
@@ -41,7 +40,9 @@ class StoredKernel:
         return "weight_extra" if self.name == "weight" else f"{self.name}_extra"
 
 
-def new_factors(weight: Tensor, groups: int, d_mul: int, seed: int, name: str) -> tuple[nn.Parameter, nn.Parameter | None]:
+def new_factors(
+    weight: Tensor, groups: int, d_mul: int, seed: int, name: str
+) -> tuple[nn.Parameter, nn.Parameter | None]:
     """Fresh D (zero) and weight_extra (random; None at D_mul = K) for `weight`, with its dtype, device and
     `requires_grad`. D is (C_in, K, D_mul), weight_extra (C_out, C_in/g, D_mul - K)."""
     positions = weight.shape[2:].numel()

@@ -110,7 +110,9 @@ def refuse_wrapped(model: nn.Module) -> None:
     for path, module in model.named_modules():
         for base in type(module).__mro__:
             if base.__name__ in wrappers and base.__module__.startswith("torch."):
-                raise DoconvError(f"'{path or type(model).__name__}' is a {base.__name__} already; {wrappers[base.__name__]}.")
+                raise DoconvError(
+                    f"'{path or type(model).__name__}' is a {base.__name__} already; {wrappers[base.__name__]}."
+                )
 
 
 def copy_model(model: nn.Module) -> nn.Module:

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedParameter
 
 from doconv_convert.nn.layers import DOCONV_CLASSES
 from doconv_convert.nn.overlay import is_overlaid, stored_kernels
@@ -96,7 +96,7 @@ def _classify_module(sites: _Sites, path: str, module: nn.Module) -> None:
         sites.without_parameter(Owner(path, module, "weight"), Reason.QUANTISED)
     elif isinstance(module, _ConvNd):
         weight = module._parameters.get("weight")
-        if isinstance(weight, UninitializedTensorMixin) or isinstance(module, LazyModuleMixin):
+        if isinstance(weight, UninitializedParameter) or isinstance(module, LazyModuleMixin):
             sites.without_parameter(Owner(path, module, "weight"), Reason.LAZY)
         elif weight is None:
             sites.without_parameter(Owner(path, module, "weight"), Reason.PARAMETRISED)
@@ -134,7 +134,10 @@ def kernel_role(conv: nn.Module) -> tuple[Reason | None, int]:
     cls: Any = type(conv)
     groups = int(conv.groups)  # type: ignore[arg-type]
     plain: Any = next(base for base in _PLAIN if isinstance(conv, base))
-    if (cls.forward, cls._conv_forward) == (plain.forward, plain._conv_forward) and "forward" not in conv.__dict__:
+    if (cls.forward, cls._conv_forward) == (
+        plain.forward,
+        plain._conv_forward,
+    ) and "forward" not in conv.__dict__:
         return None, groups
     graph = trace(conv, training=False)
     calls = list(functional_calls(graph.graph)) if graph is not None else []
@@ -144,10 +147,10 @@ def kernel_role(conv: nn.Module) -> tuple[Reason | None, int]:
     return next((origin for origin in origins if isinstance(origin, Reason)), None), calls[0].groups
 
 
-def _probe(conv: nn.Module, groups: int) -> tuple[Reason | None, int]:
-    weight: Any = conv.weight
-    size = [2 * (k - 1) * d + 4 for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]  # type: ignore[call-overload]
-    sample = torch.zeros(2, int(conv.in_channels), *size, dtype=weight.dtype, device=weight.device)  # type: ignore[arg-type]
+def _probe(conv: Any, groups: int) -> tuple[Reason | None, int]:
+    weight = conv.weight
+    size = [2 * (k - 1) * d + 4 for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
+    sample = torch.zeros(2, conv.in_channels, *size, dtype=weight.dtype, device=weight.device)
     try:
         forward = watch_forward(conv, sample)
     except Exception:  # a class that will not take an image: what it does with its kernel stays its own affair
@@ -179,10 +182,9 @@ def _read_graph(sites: _Sites, model: nn.Module, region: Region, gm: fx.GraphMod
             weight = gm.get_submodule(str(node.target))._parameters.get("weight")
             if weight is not None and id(weight) in sites.by_key:
                 sites.by_key[id(weight)].seen_in_graph = True
-        elif (parameter := parameter_read(gm, node)) is not None and id(parameter) in sites.by_key:
+        elif (site := sites.by_key.get(id(parameter_read(gm, node)))) is not None and not region.is_own:
             # In a graph of the user's own the read is rewritten; anywhere else the attribute has to answer.
-            if not region.is_own and not all(map(reads_metadata, node.users)):
-                sites.by_key[id(parameter)].read_elsewhere = True
+            site.read_elsewhere |= not all(map(reads_metadata, node.users))
 
 
 def _caller(model: nn.Module, region: Region, node: fx.Node, kernel: fx.Node) -> Owner:

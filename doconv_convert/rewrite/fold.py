@@ -1,34 +1,65 @@
-"""`fold`: from over-parameterized layers back to the plain model."""
+"""`fold`: from over-parameterized layers, ours and other people's, back to the plain model."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
 
 from doconv_convert.rewrite.convert import copy_model
 from doconv_convert.rewrite.folding import assign_folded, folded_kernel, layer_factors, restore_layers
+from doconv_convert.rewrite.foreign import Foreign, find_foreign, replace_foreign
 from doconv_convert.rewrite.passes import FoldPass
+
+
+@dataclass
+class FoldReport:
+    """The folded model, the names of our kernels in it (each passed the per-site check) and foreign layers."""
+
+    model: nn.Module
+    folded: list[str] = field(default_factory=list)
+    foreign: list[Foreign] = field(default_factory=list)
 
 
 def fold(
     model: nn.Module, *, example_inputs: Any = None, constant_kernels: bool = False, inplace: bool = False
 ) -> nn.Module:
+    """Fold every DO-Conv layer of `model` into an ordinary convolution (k = D^ W, arXiv 2006.12030).
+
+    Kernels are composed in float64 on the CPU, checked by feature composition to 1e-12, and cast once. A layer
+    of another implementation, recognised by its traced graph and not by its names, becomes a plain convolution
+    where its kernel is a pure function of its parameters. Folding a plain model changes nothing.
+
+    Args:
+        model: any nn.Module.
+        example_inputs: not needed; accepted so that calls mirror `to_doconv`'s.
+        constant_kernels: fold Conv subclasses and parametrised kernels (weight norm, standardisation) too.
+        inplace: fold `model` itself instead of a copy.
+
+    Returns:
+        The folded model: classes, keys, order, shapes and dtypes of the original.
+
+    Raises:
+        DoconvError: a kernel that is not finite; nothing was changed then.
+    """
     model = model if inplace else copy_model(model)
-    fold_in_place(model, check_first=inplace)
-    return model
+    return fold_in_place(model, constant_kernels=constant_kernels, check_first=inplace).model
 
 
-def fold_in_place(model: nn.Module, check_first: bool) -> bool:
-    """Fold our own layers; whether there were any. `check_first` composes every kernel once more up front, so
-    that an error leaves the model untouched."""
-    graphs = [module for module in model.modules() if isinstance(module, fx.GraphModule)]
+def fold_in_place(model: nn.Module, *, constant_kernels: bool = False, check_first: bool = True) -> FoldReport:
+    """Fold `model` itself. `check_first` composes every kernel once more up front, so that an error leaves the
+    model untouched; a caller who throws the model away on an error saves that."""
     layers = layer_factors(model)
     if check_first:
         for factors in layers:
             folded_kernel(factors)
-    modified = False
-    for graph in graphs:
-        modified |= FoldPass()(graph).modified
+    foreign = find_foreign(model, constant_kernels)
+    for module in list(model.modules()):
+        if isinstance(module, fx.GraphModule):
+            FoldPass()(module)
     assign_folded(layer_factors(model))
-    return restore_layers(model) or modified
+    restore_layers(model)
+    replace_foreign(model, foreign)
+    root = next((one.conv for one in foreign if one.name == "" and one.conv is not None), model)
+    return FoldReport(root, [factors.name for factors in layers], foreign)

@@ -16,9 +16,8 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from doconv_convert.nn.composition import compose_kernel
 from doconv_convert.nn.layers import DOCONV_CLASSES
-from doconv_convert.rewrite.graphs import ancestors, convolution_call, functional_calls, kernel_origin
+from doconv_convert.rewrite.graphs import ancestors, attribute, functional_calls, kernel_origin
 from doconv_convert.rewrite.install import is_over_parameterized
 from doconv_convert.rewrite.sites import Reason
 from doconv_convert.rewrite.tracing import trace
@@ -74,8 +73,16 @@ def _inspect(path: str, module: nn.Module) -> Foreign | None:
     """None where the layer has no computed kernel at all."""
     gm = trace(module, training=False)
     if gm is None:
-        return None if not path and any(module.children()) else Foreign(path, type(module).__name__, None, "its forward cannot be traced")
-    computed = [c for c in functional_calls(gm.graph) if kernel_origin(gm, c.kernel) in (Reason.COMPUTED, Reason.INPUT_DEPENDENT)]
+        return (
+            None
+            if not path and any(module.children())
+            else Foreign(path, type(module).__name__, None, "its forward cannot be traced")
+        )
+    computed = [
+        c
+        for c in functional_calls(gm.graph)
+        if kernel_origin(gm, c.kernel) in (Reason.COMPUTED, Reason.INPUT_DEPENDENT)
+    ]
     if not computed:
         return None
     declined = _reason_to_decline(gm, [c.node for c in functional_calls(gm.graph)])
@@ -101,13 +108,15 @@ def _reason_to_decline(gm: fx.GraphModule, calls: list[fx.Node]) -> str | None:
     output = next(node for node in gm.graph.nodes if node.op == "output")
     if output.args[0] is not calls[0]:
         return "it does more than convolve: its output is not the convolution's"
-    if any("rand" in str(n.target) or "dropout" in str(n.target) or "bernoulli" in str(n.target) for n in gm.graph.nodes):
+    if any(
+        "rand" in str(n.target) or "dropout" in str(n.target) or "bernoulli" in str(n.target) for n in gm.graph.nodes
+    ):
         return "its kernel is drawn at random"
     return None
 
 
 def _as_convolution(gm: fx.GraphModule, call: fx.Node, module: nn.Module) -> nn.Module:
-    arguments = dict(zip(_ARGUMENTS, call.args, strict=False)) | call.kwargs
+    arguments: dict[str, Any] = dict(zip(_ARGUMENTS, call.args, strict=False)) | call.kwargs
     source, weight, bias = arguments["input"], arguments["weight"], arguments.get("bias")
     for value, what in ((weight, "kernel"), (bias, "bias")):
         if isinstance(value, fx.Node) and any(n.op in ("placeholder", "call_module") for n in ancestors(value)):
@@ -152,7 +161,7 @@ def _leading_pad(source: Any) -> tuple[list[int], str, Any]:
     """(pad, mode, what is padded) of an F.pad call, or ([], "constant", source)."""
     if not (isinstance(source, fx.Node) and source.op == "call_function" and source.target is F.pad):
         return [], "constant", source
-    arguments = dict(zip(("input", "pad", "mode", "value"), source.args, strict=False)) | source.kwargs
+    arguments: dict[str, Any] = dict(zip(("input", "pad", "mode", "value"), source.args, strict=False)) | source.kwargs
     pad, mode, value = arguments["pad"], arguments.get("mode", "constant"), arguments.get("value")
     if any(isinstance(amount, fx.Node) for amount in (pad if isinstance(pad, (list, tuple)) else [pad])):
         raise _Declined("its pads are computed from the input's size")
@@ -192,9 +201,9 @@ def _evaluate(gm: fx.GraphModule, node: Any) -> Tensor:
                 continue
             args, kwargs = (fx.map_arg(a, lambda n: values[n]) for a in (step.args, step.kwargs))
             if step.op == "get_attr":
-                values[step] = exact(operator_get(gm, str(step.target)))
+                values[step] = exact(attribute(gm, str(step.target)))
             elif step.op == "call_function":
-                values[step] = step.target(*args, **kwargs)  # type: ignore[operator]
+                values[step] = step.target(*args, **kwargs)
             elif step.op == "call_method":
                 values[step] = getattr(args[0], str(step.target))(*args[1:], **kwargs)
             else:
@@ -213,9 +222,3 @@ def _with_metadata(node: fx.Node) -> set[fx.Node]:
             found.add(current)
             open_nodes.extend(current.all_input_nodes)
     return found
-
-
-def operator_get(gm: fx.GraphModule, target: str) -> Any:
-    from operator import attrgetter
-
-    return attrgetter(target)(gm)

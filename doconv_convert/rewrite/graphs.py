@@ -19,17 +19,22 @@ _TRANSPOSED_CALLS = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_
 _GROUPS_POSITION: dict[Any, int] = {
     **dict.fromkeys(CONVOLUTIONS.values(), 6),
     **dict.fromkeys(
-        [
-            getattr(getattr(_aten, f"conv{n}d"), overload)
-            for n in (1, 2, 3)
-            for overload in ("default", "padding")
-        ],
+        [getattr(getattr(_aten, f"conv{n}d"), overload) for n in (1, 2, 3) for overload in ("default", "padding")],
         6,
     ),
     torch.convolution: 8,
     _aten.convolution.default: 8,
 }
-_METADATA_METHODS = ("size", "dim", "numel", "ndimension", "stride", "is_floating_point", "is_complex", "element_size")
+_METADATA_METHODS = (
+    "size",
+    "dim",
+    "numel",
+    "ndimension",
+    "stride",
+    "is_floating_point",
+    "is_complex",
+    "element_size",
+)
 _METADATA_ATTRIBUTES = ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout")
 
 

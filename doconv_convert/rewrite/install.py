@@ -13,7 +13,7 @@ from doconv_convert.nn.stored import StoredKernel, new_factors
 from doconv_convert.rewrite.discover import is_plain
 from doconv_convert.rewrite.sites import Options, Site
 
-_PLAIN_OF = {layer: plain for plain, layer in DOCONV_CLASSES.items()}
+_PLAIN_OF: dict[type[nn.Module], type[nn.Module]] = {layer: plain for plain, layer in DOCONV_CLASSES.items()}
 
 
 def is_graph_storage(module: nn.Module) -> bool:

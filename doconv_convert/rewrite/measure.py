@@ -61,7 +61,12 @@ def watch_forward(model: nn.Module, example_inputs: Any) -> Forward:
     """Run `model` once in eval mode without gradients and report its convolutions; nothing stays changed."""
     forward = Forward()
     stack: list[nn.Module] = []
-    with undisturbed(model), torch.no_grad(), _module_stack(model, stack, forward), _Watcher(model, stack, forward, example_inputs):
+    with (
+        undisturbed(model),
+        torch.no_grad(),
+        _module_stack(model, stack, forward),
+        _Watcher(model, stack, forward, example_inputs),
+    ):
         for module in model.modules():
             module.training = False
         run_model(model, example_inputs)

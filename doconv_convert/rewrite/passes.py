@@ -11,7 +11,13 @@ from doconv_convert.errors import DoconvError
 from doconv_convert.nn.composition import compose_kernel
 from doconv_convert.nn.stored import SLOTS_SUFFIX, StoredKernel
 from doconv_convert.rewrite.discover import discover
-from doconv_convert.rewrite.folding import Factors, assign_folded, folded_kernel, layer_factors, restore_layers
+from doconv_convert.rewrite.folding import (
+    Factors,
+    assign_folded,
+    folded_kernel,
+    layer_factors,
+    restore_layers,
+)
 from doconv_convert.rewrite.graphs import parameter_read
 from doconv_convert.rewrite.install import (
     factors,
@@ -156,11 +162,11 @@ class _Composition:
         self.gm, self.node = gm, node
         weight, d, extra, groups = (*node.args, *[None] * 4)[:4]
         self.reads = [read for read in (weight, d, extra) if isinstance(read, fx.Node)]
-        tensors = [parameter_read(gm, read) for read in self.reads]
-        if len(self.reads) < 2 or not isinstance(groups, int) or any(tensor is None for tensor in tensors):
+        tensors = [tensor for read in self.reads if (tensor := parameter_read(gm, read)) is not None]
+        if len(tensors) < 2 or len(tensors) < len(self.reads) or not isinstance(groups, int):
             raise DoconvError(f"'{node.name}': a compose_kernel call must read Parameters of the graph module itself.")
         name = f"{path}.{self.reads[0].target}".lstrip(".")
-        self.factors = Factors(name, tensors[0], tensors[1], tensors[2] if len(tensors) == 3 else None, groups)  # type: ignore[arg-type]
+        self.factors = Factors(name, tensors[0], tensors[1], (*tensors, None)[2], groups)
 
     def remove(self) -> None:
         weight = self.reads[0]

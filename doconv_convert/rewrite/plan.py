@@ -64,7 +64,10 @@ class Plan:
         head = ["name", "kind", "kernel", "groups", "D_mul", "added", "calls", "output", "MACs", "action"]
         lines = [[_text(value) for value in _cells(row)] for row in self.rows]
         widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
-        table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in [head, *lines]]
+        table = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in [head, *lines]
+        ]
         summary = ", ".join(f"{count} {what}" for what, count in self.counts().items()) or "no convolution"
         table.append(f"{self.model}: {summary}; {self.added_parameters:,} parameters added for training.")
         table += [f"not looked into: '{path or self.model}' (pass example_inputs)" for path in self.not_looked_into]
@@ -121,7 +124,18 @@ def _cells(row: PlanRow) -> list[Any]:
         action += " (no D)"
     kernel = "x".join(map(str, row.kernel))
     size = None if row.output_size is None else "x".join(map(str, row.output_size))
-    return [row.name, row.kind, kernel, row.groups, row.d_mul, row.added_parameters, row.calls, size, row.macs, action]
+    return [
+        row.name,
+        row.kind,
+        kernel,
+        row.groups,
+        row.d_mul,
+        row.added_parameters,
+        row.calls,
+        size,
+        row.macs,
+        action,
+    ]
 
 
 def _text(value: Any) -> str:

@@ -154,7 +154,9 @@ def decide(sites: Sequence[Site], options: Options) -> None:
         for glob in globs:
             if glob != "*" and not any(matches(site, [glob]) for site in sites):
                 known = ", ".join(f"'{site.name}'" for site in sites[:5])
-                raise UsageError(f"{option} '{glob}' matches no convolution; the model's are named {known or 'none'}, ...")
+                raise UsageError(
+                    f"{option} '{glob}' matches no convolution; the model's are named {known or 'none'}, ..."
+                )
     too_small = []
     for site in sites:
         if site.action is not Action.CONVERT or site.reason is not None:

@@ -41,7 +41,7 @@ class Regions:
 def find_regions(model: nn.Module) -> Regions:
     """Trace `model` in training and in eval mode; enter child by child what cannot be traced in both.
 
-    The model is left exactly as it was: whatever a forward writes on its modules while it is traced is undone.
+    The model is left exactly as it was: what a forward writes on its modules while it is traced is undone.
     """
     regions = Regions()
     _enter(model, "", regions, visited=set())
@@ -71,7 +71,7 @@ def _enter(module: nn.Module, path: str, regions: Regions, visited: set[int]) ->
 
 
 def _has_own_forward(module: nn.Module) -> bool:
-    """False for containers (a ModuleList) and for torch's own leaves, which hold no functional convolution."""
+    """False for containers (a ModuleList) and for torch's own leaves: they call no functional convolution."""
     forward = getattr(type(module), "forward", None)
     if forward is None or forward is getattr(nn.Module, "forward", None) or isinstance(module, _ConvNd):
         return False
@@ -102,7 +102,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for attributes, before in saved:
-            for name, (value, content) in before.items():
+            for value, content in before.values():
                 if content is not None:
                     # The same container object, since others may hold it.
                     value.clear()

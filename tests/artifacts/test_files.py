@@ -1,0 +1,115 @@
+"""Writes are whole or not at all, and refusals come early and in words."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from doconv_convert.artifacts.files import atomic_write, check_writable, publish_data, remove_stale_data
+from doconv_convert.errors import DoconvError
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_success_replaces_the_target_and_leaves_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "out.onnx"
+    target.write_bytes(b"old")
+    with atomic_write(target) as temporary:
+        assert temporary.parent == tmp_path
+        assert temporary.name.startswith(".out.onnx.")
+        temporary.write_bytes(b"new")
+        assert target.read_bytes() == b"old"
+    assert target.read_bytes() == b"new"
+    assert names(tmp_path) == ["out.onnx"]
+
+
+@pytest.mark.parametrize("interruption", [ValueError("half way"), KeyboardInterrupt()])
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, interruption: BaseException) -> None:
+    target = tmp_path / "out.onnx"
+    target.write_bytes(b"old")
+    with pytest.raises(type(interruption)), atomic_write(target) as temporary:
+        temporary.write_bytes(b"half")
+        raise interruption
+    assert target.read_bytes() == b"old"
+    assert names(tmp_path) == ["out.onnx"]
+
+
+def test_the_new_file_has_an_ordinary_mode(tmp_path: Path) -> None:
+    plain, ours = tmp_path / "plain", tmp_path / "ours"
+    plain.write_bytes(b"")
+    with atomic_write(ours) as temporary:
+        temporary.write_bytes(b"x")
+    assert stat.S_IMODE(ours.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+def test_a_full_disk_is_an_error_in_words(tmp_path: Path) -> None:
+    target = tmp_path / "out.onnx"
+    with pytest.raises(DoconvError, match=r"cannot write '.*out\.onnx': No space left"), atomic_write(target):
+        raise OSError(28, os.strerror(28))
+    assert names(tmp_path) == []
+
+
+def test_an_error_about_another_file_is_not_ours(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "out"):
+        (tmp_path / "input").read_bytes()
+
+
+def test_places_that_take_no_file_are_refused_up_front(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    os.mkfifo(tmp_path / "pipe")
+    refusals = {
+        tmp_path: "it is a folder; name a file in it",
+        tmp_path / "missing" / "out": "the folder '.*missing' does not exist; create it",
+        tmp_path / "file" / "out": "'.*file' is not a folder; choose another",
+        tmp_path / "pipe": "it is not a regular file",
+        tmp_path / ("n" * 300): "File name too long",
+    }
+    for target, reason in refusals.items():
+        with pytest.raises(DoconvError, match=f"cannot write '.*': {reason}"):
+            check_writable(target)
+        with pytest.raises(DoconvError, match=reason), atomic_write(target):
+            pass
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(DoconvError, match="Permission denied"):
+        check_writable(tmp_path / "out")
+
+
+def test_a_refusing_system_is_reported_for_the_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, *_: object) -> int:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(DoconvError, match=r"cannot write '.*out': Permission denied; .*another folder"):
+        check_writable(tmp_path / "out")
+
+
+def test_check_writable_leaves_no_trace(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    check_writable(target)
+    assert names(tmp_path) == []
+    target.write_bytes(b"old")
+    check_writable(target)
+    assert target.read_bytes() == b"old"
+
+
+def test_published_data_is_named_by_its_content_and_stale_data_goes(tmp_path: Path) -> None:
+    target = tmp_path / "out.onnx"
+    kept = ["out.onnx", "out.onnx.data.txt", "out.onnx2.data", "other.onnx.data"]
+    for name in [*kept, "out.onnx.data", "out.onnx.0123456789abcdef.data"]:
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "temporary").write_bytes(b"weights")
+    name = publish_data(tmp_path / "temporary", target)
+    (tmp_path / "temporary").write_bytes(b"weights")
+    assert publish_data(tmp_path / "temporary", target) == name
+    (tmp_path / "temporary").write_bytes(b"other weights")
+    assert publish_data(tmp_path / "temporary", target) != name
+    remove_stale_data(target, keep=name)
+    assert names(tmp_path) == sorted([*kept, name])
+    assert (tmp_path / name).read_bytes() == b"weights"
