@@ -4,9 +4,10 @@ import ast
 import copy
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +48,13 @@ class Kernels(TorchFunctionMode):
         self.plain: list[Tensor] = []
         self.transposed: list[Tensor] = []
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
         if func in (F.conv2d, torch.conv2d):
             self.plain.append(args[1])
         elif func in (F.conv_transpose2d, torch.conv_transpose2d):

@@ -12,7 +12,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,15 +43,19 @@ def call_factory(place: str, factory: str, args: Mapping[str, Any]) -> object:
     if not callable(function) or (hasattr(function, "forward") and not isinstance(function, type)):
         kind = type(function).__name__
         raise DoconvError(f"'{text}' is of type {kind}, expected a function that returns the model")
-    with _leading_path(_search_folder(place)), raised_by(text):
+    with _leading_path(_search_folder(place)), foreign(text):
         return function(**args)
 
 
 @contextmanager
-def raised_by(text: str) -> Iterator[None]:
-    """Turns what foreign code raises, a script's SystemExit too, into a DoconvError that names `text`."""
+def foreign(text: str) -> Iterator[None]:
+    """Around code that is not ours: what it raises, SystemExit too, becomes a DoconvError that names `text`.
+
+    What it prints goes to stderr: stdout belongs to our own answers.
+    """
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     except DoconvError:
         raise
     except (Exception, SystemExit) as error:
@@ -80,7 +84,7 @@ def _import_file(place: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look their module up there
     try:
-        with _leading_path(path.parent), raised_by(place):
+        with _leading_path(path.parent), foreign(place):
             spec.loader.exec_module(module)
     except DoconvError:
         del sys.modules[name]
@@ -90,7 +94,7 @@ def _import_file(place: str) -> ModuleType:
 
 def _import_module(place: str) -> ModuleType:
     importlib.invalidate_caches()
-    with _leading_path(Path.cwd()), raised_by(place):
+    with _leading_path(Path.cwd()), foreign(place):
         try:
             return importlib.import_module(place)
         except ModuleNotFoundError as error:

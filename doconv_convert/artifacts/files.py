@@ -40,7 +40,8 @@ def temporary_beside(target: Path) -> Iterator[Path]:
 
     Raises DoconvError where `target` is no place for a file, or writing fails (disk full).
     """
-    _check_place(target)
+    with _refused(target, target):
+        _check_place(target)
     temporary = target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp"
     try:
         with _refused(target, temporary):

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from doconv_convert.artifacts.factories import nearest, raised_by
+from doconv_convert.artifacts.factories import nearest, foreign
 from doconv_convert.errors import DoconvError, UsageError
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def build_torchvision(name: str, variant: str | None, args: Mapping[str, Any], f
         arguments["weights_backbone"] = None
     if fetch and member is not None:
         return _fetched(f"torchvision:{name}", member.name, member.url, lambda: builder(**arguments))
-    with warnings.catch_warnings(), raised_by(f"torchvision:{name}"):
+    with warnings.catch_warnings(), foreign(f"torchvision:{name}"):
         # googlenet and inception announce a change of their random initialisation
         warnings.filterwarnings("ignore", "The default weight initialization", FutureWarning)
         if member is None:
@@ -87,11 +87,13 @@ def timm_weights(name: str, weights: str) -> str:
     arch, _, tag = name.partition(".")
     if weights == "DEFAULT":
         config = timm.models.get_pretrained_cfg(arch)
-        weights = tag or (config.tag if config else "")
-    full = f"{arch}.{weights}".rstrip(".")
+        tag = tag or (config.tag if config else "")
+    else:
+        tag = weights
+    full = f"{arch}.{tag}".rstrip(".")
     if not timm.models.is_model_pretrained(full):
         tags = [one.partition(".")[2] for one in timm.list_pretrained(f"{arch}.*")]
-        raise UsageError(f"'timm:{arch}' has no weights '{weights or 'DEFAULT'}': choose {_choice(tags)}")
+        raise UsageError(f"'timm:{arch}' has no weights '{weights}': choose {_choice(tags)}")
     return full
 
 
@@ -106,18 +108,19 @@ def build_timm(name: str, args: Mapping[str, Any], fetch: bool) -> object:
         place = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
         tag = name.partition(".")[2] or "DEFAULT"
         return _fetched(f"timm:{name}", tag, place, lambda: timm.create_model(name, pretrained=True, **args))
-    with raised_by(f"timm:{name}"):
+    with foreign(f"timm:{name}"):
         return timm.create_model(name, pretrained=False, **args)
 
 
 def _fetched(text: str, weights: str, place: str, make: Callable[[], object]) -> object:
     try:
-        return make()
-    except Exception as error:
+        with foreign(text):
+            return make()
+    except DoconvError as error:
         raise DoconvError(
-            f"cannot build '{text}' with the weights '{weights}': {type(error).__name__}: {error}; if they "
-            f"cannot be downloaded here, get {place} elsewhere and pass the file: --weights FILE"
-        ) from error
+            f"the weights '{weights}' cannot be had: {error}; if they cannot be downloaded here, get {place} "
+            "elsewhere and pass the file: --weights FILE"
+        ) from error.__cause__
 
 
 def _timm() -> ModuleType:

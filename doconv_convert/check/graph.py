@@ -161,9 +161,7 @@ class _Listing:
         shapes = {i: _type_text(value.type) for i, value in enumerate(graph.output)} if prefix else {}
         self.outputs([value.name for value in graph.output], shapes, places, prefix)
 
-    def nodes(
-        self, nodes: Sequence[onnx.NodeProto], places: _Places, types: Mapping[str, str], prefix: str
-    ) -> None:
+    def nodes(self, nodes: Sequence[onnx.NodeProto], places: _Places, types: Mapping[str, str], prefix: str) -> None:
         for index, node in enumerate(nodes):
             where = f"{prefix}node {index}"
             operator = f"{node.domain}.{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type
@@ -329,11 +327,10 @@ def _leftovers(
             source = node.input[kernel]
             yield f"node '{name}' ({node.op_type}) takes a kernel that the graph computes: '{source}'"
         inputs = _present(node.input)
-        if node.op_type == "Constant":
-            computed[node.output[0]] = False
-        elif inputs and all(value in computed for value in inputs if value):
+        if node.op_type == "Constant" or (inputs and all(value in computed for value in inputs if value)):
             carried = node.op_type in CARRIERS and not computed[inputs[0]]
-            computed.update((value, not carried) for value in node.output)
+            constant = carried or node.op_type in ("Constant", "ConstantOfShape")
+            computed.update((value, not constant) for value in node.output)
         for attribute in node.attribute:
             if attribute.type == AttributeProto.GRAPH:
                 yield from _leftovers(attribute.g.node, attribute.g.initializer, computed)
@@ -341,7 +338,8 @@ def _leftovers(
 
 def _node_text(record: _Record, names: Sequence[str]) -> str:
     shown = [f"{name}={record.attributes.get(name, '(absent)')}" for name in names]
-    return f"{record.operator}({', '.join(shown)}{', ...' if len(record.attributes) > len(names) else ''})"
+    rest = ["..."] if record.attributes.keys() - set(names) else []
+    return f"{record.operator}({', '.join(shown + rest)})"
 
 
 def _tensor_text(tensor: TensorProto) -> str:

@@ -1,13 +1,13 @@
 """How many multiply-accumulates (MACs) an ONNX graph performs, as exact integers; one MAC is two FLOPs.
 
-The convention is that of torch.utils.flop_counter: convolutions and matrix products count, without their biases.
-What works element by element, reduces, normalises, pools or resizes does not: `NOT_COUNTED` lists those
+The convention is that of torch.utils.flop_counter: convolutions and matrix products count, without their
+biases. What works element by element, reduces, normalises, pools or resizes does not: `NOT_COUNTED` lists those
 operators. Every other operator, and a product whose shape is not known before the graph runs, is reported as
-uncounted: nothing is silently zero. Recurrent layers count at the full sequence length, attention its two products
-without a discount for masks, an If its costlier branch where its condition is not a constant.
+uncounted: nothing is silently zero. Recurrent layers count at the full sequence length, attention its two
+products without a discount for masks, an If its costlier branch where its condition is not a constant.
 
 The graph is walked once. A node's output types come from ONNX's own shape inference on that node alone; small
-constants (the arithmetic with which exporters compute sizes) are evaluated on the way. Weights are never read.
+constants (the arithmetic with which exporters compute sizes) are evaluated on the way. Weights stay unread.
 """
 
 from collections import Counter
@@ -55,9 +55,9 @@ NOT_COUNTED = frozenset(
     SequenceConstruct SequenceEmpty SequenceErase SequenceInsert SequenceLength SplitToSequence
     RegexFullMatch StringConcat StringNormalizer StringSplit BlackmanWindow HammingWindow HannWindow
     Bernoulli Multinomial RandomNormal RandomNormalLike RandomUniform RandomUniformLike
-    """.split()
+    """.split()  # noqa: SIM905 - a list of strings would take a line each
 )
-"""Without MACs by convention: elementwise; reductions, normalisation, pooling, resizing; moving data; random."""
+"""No MACs by convention: elementwise; reductions, normalisation, pooling, resizing; moving data; random."""
 
 _RANDOM = frozenset(op for op in NOT_COUNTED if op.startswith(("Bernoulli", "Multinomial", "Random")))
 
@@ -66,8 +66,8 @@ _RANDOM = frozenset(op for op in NOT_COUNTED if op.startswith(("Bernoulli", "Mul
 class NodeMacs:
     """One multiplying node: its MACs, and the elements of the weight and bias initializers it reads.
 
-    `name` is the node's own, or its first output where it has none; inside a subgraph it is prefixed by those of
-    the nodes around it.
+    `name` is the node's own, or its first output where it has none; in a subgraph it follows the names of the
+    nodes around it.
     """
 
     name: str
@@ -79,7 +79,7 @@ class NodeMacs:
 
 @dataclass(frozen=True)
 class MacCount:
-    """The multiplying nodes in the graph's order, and how many nodes of which operator could not be counted."""
+    """The multiplying nodes in the graph's order, and the number of nodes left uncounted, by operator."""
 
     nodes: tuple[NodeMacs, ...] = ()
     uncounted: dict[str, int] = field(default_factory=dict)
@@ -93,9 +93,9 @@ class MacCount:
 def count_macs(model: ModelSource, dims: Mapping[str, int] | None = None) -> MacCount:
     """Count the MACs of one run of an ONNX model (a path or a ModelProto).
 
-    `dims` gives values to dynamic dimensions by name (`input[axis]` for one that has no name). A dimension 0 that
-    is not given is taken as a batch of 1. Raises DoconvError if another one is not given, if `dims` names none of
-    the model's dimensions or gives less than 1, or if the file is not an ONNX model.
+    `dims` gives sizes to dynamic dimensions by name (`input[axis]` for one that has no name). A dimension 0 that
+    is not given is a batch of 1. Raises DoconvError if another one is not given, if `dims` names a dimension
+    that the model does not have or gives less than 1, or if the file is not a valid ONNX model.
     """
     proto = read_model(model)
     if proto.functions:
@@ -104,7 +104,10 @@ def count_macs(model: ModelSource, dims: Mapping[str, int] | None = None) -> Mac
     inputs = [value for value in proto.graph.input if value.name not in weights]
     sizes = _sizes(inputs, dims or {})
     scope = _Scope(types={value.name: _bound(value, sizes) for value in inputs})
-    return _Walk(list(proto.opset_import), proto.ir_version, sizes).graph(proto.graph, scope)
+    try:
+        return _Walk(list(proto.opset_import), sizes).graph(proto.graph, scope)
+    except LookupError as error:
+        raise DoconvError("a node lacks an input or attribute: see what onnx.checker says of the model") from error
 
 
 def format_macs(macs: int) -> str:
@@ -124,9 +127,7 @@ def compare_counts(a: MacCount, b: MacCount) -> list[str]:
         found.append(f"multiplying nodes: expected {len(a.nodes)} got {len(b.nodes)}")
     for index, (x, y) in enumerate(zip(a.nodes, b.nodes, strict=False)):
         if (x.op, x.macs, x.parameters) != (y.op, y.macs, y.parameters):
-            expected, got = (
-                f"{n.op} '{n.name}', {_exact(n.macs)}, {n.parameters:,} parameters" for n in (x, y)
-            )
+            expected, got = (f"{n.op} '{n.name}', {_exact(n.macs)}, {n.parameters:,} parameters" for n in (x, y))
             found.append(f"multiplying node {index}: expected {expected}; got {got}")
     for op in sorted(a.uncounted.keys() | b.uncounted.keys()):
         expected_nodes, got_nodes = a.uncounted.get(op, 0), b.uncounted.get(op, 0)
@@ -157,7 +158,7 @@ def _sizes(inputs: Sequence[onnx.ValueInfoProto], dims: Mapping[str, int]) -> di
     for name, axis, value in names:
         if name not in sizes:
             raise DoconvError(
-                f"dimension {axis} of input '{value}' is dynamic ('{name}'): give its size with --dim '{name}=224'"
+                f"dimension {axis} of input '{value}' is dynamic: give its size, as in --dim '{name}=224'"
             )
     return sizes
 
@@ -175,7 +176,7 @@ def _bound(value: onnx.ValueInfoProto, sizes: Mapping[str, int]) -> TypeProto:
 
 @dataclass
 class _Scope:
-    """What is known of each value by name: its type, its elements if few and constant, its weights' number."""
+    """What is known of values by name: types, the elements of small constants, the number of weights."""
 
     types: dict[str, TypeProto] = field(default_factory=dict)
     constants: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
@@ -193,7 +194,8 @@ class _Scope:
         self.types[name] = helper.make_tensor_type_proto(tensor.data_type, list(tensor.dims))
         self.weights[name] = prod(tensor.dims)
         if prod(tensor.dims) <= _SMALL and tensor.data_location != TensorProto.EXTERNAL:
-            self.constants[name] = numpy_helper.to_array(tensor)
+            with suppress(ValueError):  # broken data: the type may still be all that is needed
+                self.constants[name] = numpy_helper.to_array(tensor)
 
     def constant(self, name: str) -> Any:
         """The value of a constant of one element, else None."""
@@ -206,7 +208,6 @@ class _Walk:
     """One pass over a graph in its order, which learns the values' types and counts the products."""
 
     opsets: Sequence[onnx.OperatorSetIdProto]
-    ir_version: int
     sizes: Mapping[str, int]
 
     def graph(self, graph: onnx.GraphProto, scope: _Scope) -> MacCount:
@@ -248,11 +249,7 @@ class _Walk:
 
         try:
             macs = rule(node, shape)
-        except (
-            LookupError,
-            ArithmeticError,
-            ValueError,
-        ):  # a shape unknown, or none that the operator can have
+        except (LookupError, ArithmeticError, ValueError):  # a shape is unknown or does not fit the operator
             return MacCount((), {op: 1})
         parameters = sum(scope.weights.get(node.input[i], 0) for i in positions if i < len(node.input))
         return MacCount((NodeMacs(_label(node), op, node.output[0], macs, parameters),))
@@ -270,7 +267,7 @@ class _Walk:
             [onnx.ValueInfoProto(name=name) for name in outputs],
             [numpy_helper.from_array(value, name) for name, value in constants.items()],
         )
-        model = helper.make_model(graph, opset_imports=self.opsets, ir_version=self.ir_version)
+        model = helper.make_model(graph, opset_imports=self.opsets)
         with suppress(shape_inference.InferenceError):  # raised for an operator that onnx does not know
             inferred = shape_inference.infer_shapes(model, data_prop=True)
             scope.types.update((value.name, value.type) for value in inferred.graph.output)
@@ -292,9 +289,7 @@ class _Walk:
             if isinstance(result, np.ndarray | np.generic):
                 scope.constants[output.name] = np.asarray(result)
 
-    def branch(
-        self, node: onnx.NodeProto, branches: Mapping[str, onnx.GraphProto], scope: _Scope
-    ) -> MacCount:
+    def branch(self, node: onnx.NodeProto, branches: Mapping[str, onnx.GraphProto], scope: _Scope) -> MacCount:
         condition = scope.constant(node.input[0])
         taken = list(branches) if condition is None else ["then_branch" if condition else "else_branch"]
         scopes = [scope.inner() for _ in taken]
@@ -348,12 +343,12 @@ def _repeated(count: MacCount, prefix: str, times: int) -> MacCount:
 
 
 def _conv(weight: int) -> _Rule:
-    """Every output element sums over the channels of its group and the kernel: weight (C_out, C_in/g, *kernel)."""
+    """Each output element sums over its group's channels and the kernel: weight (C_out, C_in/g, *kernel)."""
     return lambda _, shape: prod(shape(_OUTPUT)) * prod(shape(weight)[1:])
 
 
 def _conv_transpose(_: onnx.NodeProto, shape: _ShapeOf) -> int:
-    """Every input element goes to the channels of its group: weight (C_in, C_out/g, *kernel)."""
+    """Each input element goes to its group's channels: weight (C_in, C_out/g, *kernel)."""
     return prod(shape(0)) * prod(shape(1)[1:])
 
 
@@ -382,8 +377,8 @@ def _einsum(node: onnx.NodeProto, shape: _ShapeOf) -> int:
 
 
 def _attention(node: onnx.NodeProto, shape: _ShapeOf) -> int:
-    """Queries times keys, and their weights times values; packed operands are (batch, length, heads * size)."""
-    heads = {attribute.name: attribute.i for attribute in node.attribute}
+    """Queries times keys, and the result times values; packed operands are (batch, length, heads * size)."""
+    heads: dict[str, int] = {attribute.name: attribute.i for attribute in node.attribute}
     query, key, value = shape(0), shape(1), shape(2)
     if len(query) == 3:
         (batch, length, width), q_heads, kv_heads = query, heads["q_num_heads"], heads["kv_num_heads"]

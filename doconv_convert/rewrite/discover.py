@@ -182,9 +182,9 @@ def _read_graph(sites: _Sites, model: nn.Module, region: Region, gm: fx.GraphMod
             weight = gm.get_submodule(str(node.target))._parameters.get("weight")
             if weight is not None and id(weight) in sites.by_key:
                 sites.by_key[id(weight)].seen_in_graph = True
-        elif (site := sites.by_key.get(id(parameter_read(gm, node)))) is not None and not region.is_own:
+        elif (known := sites.by_key.get(id(parameter_read(gm, node)))) is not None and not region.is_own:
             # In a graph of the user's own the read is rewritten; anywhere else the attribute has to answer.
-            site.read_elsewhere |= not all(map(reads_metadata, node.users))
+            known.read_elsewhere |= not all(map(reads_metadata, node.users))
 
 
 def _caller(model: nn.Module, region: Region, node: fx.Node, kernel: fx.Node) -> Owner:

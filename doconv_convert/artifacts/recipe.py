@@ -1,0 +1,183 @@
+"""The recipe: which kernels of a model are over-parameterized, and how. Data, never permission to run code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+from torch import Tensor, nn
+
+from doconv_convert import __version__
+from doconv_convert.artifacts.sources import Source, parse_source
+from doconv_convert.errors import DoconvError, UsageError
+from doconv_convert.nn.layers import DOCONV_CLASSES
+from doconv_convert.nn.overlay import is_overlaid, stored_kernels
+from doconv_convert.nn.stored import StoredKernel
+from doconv_convert.rewrite.discover import discover
+from doconv_convert.rewrite.install import install
+from doconv_convert.rewrite.sites import Action, Options, Owner, Site, decide
+
+METADATA_KEY = "doconv_convert"
+FORMAT_VERSION = 1
+# What a recipe may hand to a torchvision or timm builder: sizes and switches, nothing that names a file.
+RECIPE_ARGS = frozenset(
+    {"num_classes", "num_keypoints", "in_chans", "width_mult", "depth_mult", "groups", "width_per_group"}
+    | {"aux_logits", "aux_loss", "init_weights", "transform_input", "dropout", "drop_rate", "drop_path_rate"}
+    | {"stochastic_depth_prob", "image_size", "img_size", "input_size", "global_pool", "output_stride", "progress"}
+)
+
+
+@dataclass(frozen=True)
+class RecipeSite:
+    """One over-parameterized kernel: its owner's path, its name there, groups, D_mul (None: a 1x1 layer
+    without D), and whether the owner is a run-time subclass (`overlay`) or a DOConv layer."""
+
+    owner: str
+    kernel: str
+    groups: int
+    d_mul: int | None
+    overlay: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What safetensors cannot say about a saved model; JSON under one metadata key.
+
+    `aliases` maps every further name of a shared tensor to the one it is stored under, `channels_last` names
+    the tensors that are in that memory format in the model.
+    """
+
+    sites: tuple[RecipeSite, ...]
+    source: Source | None = None
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    channels_last: tuple[str, ...] = ()
+    tool_version: str = __version__
+
+    def dump(self) -> str:
+        content = {**asdict(self), "format": FORMAT_VERSION, "source": self.source and self.source.to_json()}
+        return json.dumps(content, sort_keys=True)
+
+    @classmethod
+    def parse(cls, text: str, path: str) -> Recipe:
+        """The inverse of `dump`. Nothing named in the text is opened or imported. Raises DoconvError."""
+        try:
+            content = json.loads(text)
+            if content["format"] != FORMAT_VERSION:
+                raise DoconvError(
+                    f"'{path}': its recipe has format {content['format']}, expected {FORMAT_VERSION}; "
+                    "it was written by another version of doconv-convert: use that one or a newer one."
+                )
+            source = content["source"]
+            return cls(
+                tuple(RecipeSite(**site) for site in content["sites"]),
+                source and Source(str(source["source"]), dict(source["args"])),
+                dict(content["aliases"]),
+                tuple(content["channels_last"]),
+                str(content["tool_version"]),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise DoconvError(f"'{path}': its recipe cannot be read ({error!r}); the file is damaged.") from error
+
+    def trusted_source(self, path: str) -> Source:
+        """The source, if it may be built without the user naming it: torchvision or timm, with known arguments.
+
+        Raises DoconvError that says what to pass instead.
+        """
+        if self.source is None:
+            raise DoconvError(f"'{path}' does not say what model it holds; name it with --model SOURCE.")
+        if self.source.kind not in ("torchvision", "timm"):
+            raise DoconvError(
+                f"'{path}' names '{self.source.text}', whose code is only run if you name it: --model {self.source.text}"
+            )
+        unknown = sorted(self.source.args.keys() - RECIPE_ARGS)
+        if unknown:
+            raise DoconvError(
+                f"'{path}' asks for the model argument '{unknown[0]}', which a recipe may not set; pass --model "
+                f"{self.source.text} --model-args JSON yourself."
+            )
+        try:
+            return parse_source(self.source.text, self.source.args)
+        except UsageError as error:
+            raise DoconvError(f"'{path}': {error}") from error
+
+
+def recipe_sites(model: nn.Module) -> tuple[RecipeSite, ...]:
+    """The over-parameterized kernels of a converted model."""
+    found = []
+    for path, module in model.named_modules():
+        for kernel in stored_kernels(module):
+            d = module._parameters[kernel.d_name]
+            d_mul = None if d is None else int(d.shape[2])
+            found.append(RecipeSite(path, kernel.name, kernel.groups, d_mul, is_overlaid(module)))
+        if type(module) in DOCONV_CLASSES.values() and module.D is None:
+            found.append(RecipeSite(path, "weight", int(module.groups), None))
+    return tuple(found)
+
+
+def apply_recipe(model: nn.Module, sites: tuple[RecipeSite, ...]) -> None:
+    """Make exactly these kernels of a plain model over-parameterized, in place. Raises DoconvError for a site
+    that the model does not have, before the first change."""
+    owners: dict[int, list[Owner]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module._parameters.items():
+            owners.setdefault(id(parameter), []).append(Owner(path, module, name))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    planned: dict[int, Site] = {}
+    for one in sites:
+        owner = modules.get(one.owner)
+        parameter = None if owner is None else owner._parameters.get(one.kernel)
+        if owner is None or parameter is None:
+            raise DoconvError(
+                f"'{one.owner}': the recipe has an over-parameterized kernel '{one.kernel}' there, "
+                f"{type(model).__name__} has none; name the model it was made from."
+            )
+        if StoredKernel(one.kernel, one.groups) in stored_kernels(owner):
+            continue
+        site = planned.setdefault(id(parameter), Site(owners[id(parameter)], parameter, {one.groups}))
+        site.d_mul = one.d_mul
+        site.read_elsewhere |= one.overlay
+    for site in planned.values():
+        install(site, Options())
+
+
+def sites_from_keys(
+    model: nn.Module, state: Mapping[str, Tensor], options: Options, path: str
+) -> tuple[RecipeSite, ...]:
+    """Which kernels of `model` a state dict without a recipe over-parameterizes, told by its keys and shapes.
+
+    () for a plain state dict. Raises DoconvError where some eligible kernels have a D and others lost theirs:
+    a truncated file must not pass for zeros. `options` says what was left out on purpose.
+    """
+    discovery = discover(model)
+    decide(discovery.sites, options)
+    by_owner = {(owner.path, owner.kernel): site for site in discovery.sites for owner in site.owners}
+    found: dict[tuple[str, str], RecipeSite] = {}
+    for owner_path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            d = state.get(f"{owner_path}.{StoredKernel(name, 1).d_name}".lstrip("."))
+            if parameter is None or d is None or d.dim() != 3 or parameter.dim() < 3 or not parameter.shape[1]:
+                continue
+            site = by_owner.get((owner_path, name))
+            groups = d.shape[0] // parameter.shape[1]
+            overlay = bool(site and site.read_elsewhere) or type(module) not in DOCONV_CLASSES
+            found[owner_path, name] = RecipeSite(owner_path, name, groups, int(d.shape[2]), overlay)
+    if not found:
+        return ()
+    kept = {id(by_owner[key]) for key in found if key in by_owner}
+    lost = [
+        site
+        for site in discovery.sites
+        if site.action is Action.CONVERT
+        and site.d_mul is not None
+        and id(site) not in kept
+        and f"{site.owners[0].path}.{site.owners[0].kernel}".lstrip(".") in state
+    ]
+    if lost:
+        names = ", ".join(f"'{site.name}'" for site in lost[:5]) + (", ..." if len(lost) > 5 else "")
+        exclude = " ".join(f"--exclude '{site.name}'" for site in lost[:5])
+        raise DoconvError(
+            f"'{path}': {len(found)} kernels have a D, but {len(lost)} have none ({names}); the file may have lost "
+            f"them. If they were left out of the conversion, say so: {exclude}"
+        )
+    return tuple(found.values())

@@ -1,0 +1,63 @@
+"""Coverage: which kernels the compared outputs would have betrayed.
+
+A kernel was tested only if an elementwise relative change of 1e-3 would move some output beyond its bound.
+To first order such a change dk = 1e-3 * k * n, n ~ N(0, 1), moves an output y by J dk; for a random direction
+r ~ N(0, 1) the expectation of ||grad_k <r, y> * k||^2 is that of ||J (k * n)||^2. Each output's r is divided by
+its bound, so one backward pass answers for all outputs and all kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RELATIVE_CHANGE = 1e-3
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Per kernel how far a change of 1e-3 would move the outputs, in units of their bounds: above 1 it is
+    seen. None: no gradient reaches the kernel (it does not run in eval mode, or the gradient is cut)."""
+
+    reach: Mapping[str, float | None]
+
+    @property
+    def seen(self) -> list[str]:
+        return [name for name, reach in self.reach.items() if reach is not None and reach > 1]
+
+    @property
+    def blind(self) -> list[str]:
+        return [name for name, reach in self.reach.items() if reach is not None and not reach > 1]
+
+    @property
+    def unreached(self) -> list[str]:
+        return [name for name, reach in self.reach.items() if reach is None]
+
+
+def sensitivity(
+    outputs: Sequence[Tensor], absolute_bounds: Sequence[float], kernels: Mapping[str, Tensor]
+) -> Coverage:
+    """Coverage of `kernels` (leaf tensors with gradients) by float `outputs` computed from them.
+
+    `absolute_bounds` is, per output, the L2 distance that its comparison allows.
+    """
+    generator = torch.Generator().manual_seed(0)
+    directed = []
+    for output, bound in zip(outputs, absolute_bounds, strict=True):
+        if output.requires_grad and bound > 0:
+            direction = torch.randn(output.shape, generator=generator, dtype=output.dtype)
+            directed.append((output * direction.to(output.device)).sum() / bound)
+    if not directed:
+        return Coverage(dict.fromkeys(kernels))
+    # Divided by the number of outputs' root: only then does the sum above 1 mean that one of them is.
+    total = torch.stack(directed).sum() / math.sqrt(len(directed))
+    gradients = torch.autograd.grad(total, list(kernels.values()), allow_unused=True)
+    reach = {
+        name: None if gradient is None else RELATIVE_CHANGE * float((gradient * kernel.detach()).norm())
+        for (name, kernel), gradient in zip(kernels.items(), gradients, strict=True)
+    }
+    return Coverage(reach)

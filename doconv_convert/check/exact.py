@@ -1,0 +1,54 @@
+"""The yardstick: the same model run in float64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from doconv_convert.rewrite.measure import run_model
+
+
+def run_float64(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """The outputs' tensors, in order, of `model` in eval mode in float64, also where its own code asks for
+    float32 (RAFT's coordinate grids do). The model itself is not changed."""
+    exact = copy.deepcopy(model).double().eval()
+    with torch.no_grad(), _float64_by_default(), _WidenFloats():
+        return output_tensors(run_model(exact, tree_map(widen, inputs)))
+
+
+def output_tensors(output: Any) -> list[Tensor]:
+    """The tensors of an output in any nesting of dicts, lists and tuples, in the exporter's order."""
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def widen(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+@contextmanager
+def _float64_by_default() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class _WidenFloats(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16):
+            func = torch.Tensor.double
+        narrow = (torch.float32, torch.float16, torch.bfloat16)
+        args, kwargs = tree_map(
+            lambda leaf: torch.float64 if isinstance(leaf, torch.dtype) and leaf in narrow else leaf,
+            (args, kwargs or {}),
+        )
+        return func(*args, **kwargs)
