@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -27,9 +26,15 @@ if TYPE_CHECKING:
     from doconv_convert.artifacts.onnx_export import ExportReport
 
 
+_PATHS = ("state_file", "inputs_file", "path", "checkpoint")
+
+
 @dataclass(frozen=True)
 class ExportJob:
-    """What the child needs: `source` draws the network, `state_file` (safetensors) is its whole state dict.
+    """What the child needs: `source` draws the network, `state_file` (of `save`) is its whole plain state dict.
+
+    With `checkpoint` the child loads that trained file instead, as `load_into` does with `include` and
+    `exclude`, and folds it itself: its export then owes nothing to the parent's fold.
 
     `inputs_file` is an .npz with the arrays 'input_0', 'input_1', ...: forward's positional arguments, or
     with `image_list` the images of the one list that it takes. The rest is as in `export_onnx`.
@@ -46,6 +51,9 @@ class ExportJob:
     dynamic: Mapping[str, Mapping[int, str]] | None = None
     dtype: str = "float32"
     image_list: bool = False
+    checkpoint: Path | None = None
+    include: Sequence[str] = ("*",)
+    exclude: Sequence[str] = ()
 
 
 def export_in_child(jobs: Sequence[ExportJob], *, parallel: bool = False) -> list[ExportReport]:
@@ -93,9 +101,11 @@ def _run(job: ExportJob) -> ExportReport:
 def _death(job: ExportJob, process: subprocess.CompletedProcess[str]) -> DoconvError:
     code = process.returncode
     end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    # the kernel's answer to a machine without free memory
+    hint = "; out of memory? use a smaller input, or fewer at a time" if code == -9 else ""
     words = [line.strip() for line in process.stderr.splitlines() if line.strip()]
-    last = words[-1] if words else "no message; it may have run out of memory"
-    return DoconvError(f"the process that exports '{job.source.text}' to '{job.path}' {end}: {last}")
+    last = words[-1] if words else "it said nothing"
+    return DoconvError(f"the process that exports '{job.source.text}' to '{job.path}' {end}: {last}{hint}")
 
 
 def _export(job: ExportJob) -> ExportReport:
@@ -104,8 +114,7 @@ def _export(job: ExportJob) -> ExportReport:
     from doconv_convert.artifacts.onnx_export import export_onnx
 
     dtype = getattr(torch, job.dtype)
-    model = build(job.source).to(dtype)
-    _load(model, job)
+    model = _model(job).to(dtype)
     inputs = [array.to(dtype) if array.is_floating_point() else array for array in _arrays(job.inputs_file)]
     return export_onnx(
         model,
@@ -119,19 +128,17 @@ def _export(job: ExportJob) -> ExportReport:
     )
 
 
-def _load(model: nn.Module, job: ExportJob) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _model(job: ExportJob) -> nn.Module:
+    from doconv_convert.artifacts.checkpoint import load_into, load_strictly, read_checkpoint
+    from doconv_convert.rewrite.fold import fold_in_place
+    from doconv_convert.rewrite.sites import Options
 
-    try:
-        model.load_state_dict(load_file(job.state_file), strict=True)
-    except (OSError, SafetensorError) as error:
-        raise DoconvError(f"cannot read '{job.state_file}': {error}; write it again") from error
-    except RuntimeError as error:
-        reason = textwrap.shorten(str(error), 600)
-        raise DoconvError(
-            f"'{job.state_file}' does not fit '{job.source.text}': {reason}; name the source it was made from"
-        ) from error
+    model = build(job.source)
+    if job.checkpoint is None:
+        load_strictly(model, read_checkpoint(job.state_file).state, str(job.state_file))
+        return model
+    load_into(model, read_checkpoint(job.checkpoint), Options(include=job.include, exclude=job.exclude))
+    return fold_in_place(model, check_first=False).model
 
 
 def _arrays(path: Path) -> list[Any]:
@@ -143,14 +150,14 @@ def _arrays(path: Path) -> list[Any]:
 
 
 def _job_to_json(job: ExportJob) -> dict[str, Any]:
-    paths = {key: os.fspath(getattr(job, key)) for key in ("state_file", "inputs_file", "path")}
+    paths = {key: os.fspath(getattr(job, key)) for key in _PATHS if getattr(job, key) is not None}
     # JSON has only text for keys: axes go as pairs
     dynamic = {name: list(axes.items()) for name, axes in job.dynamic.items()} if job.dynamic else None
     return vars(job) | paths | {"source": job.source.to_json(), "dynamic": dynamic}
 
 
 def _job_from_json(data: Mapping[str, Any]) -> ExportJob:
-    paths = {key: Path(data[key]) for key in ("state_file", "inputs_file", "path")}
+    paths = {key: Path(data[key]) for key in _PATHS if data[key] is not None}
     dynamic = data["dynamic"] and {name: dict(axes) for name, axes in data["dynamic"].items()}
     return ExportJob(**{**data, **paths, "source": Source.from_json(data["source"]), "dynamic": dynamic})
 

@@ -95,9 +95,7 @@ def _refused(target: Path, temporary: Path) -> Iterator[None]:
         if error.filename not in (None, str(temporary)):
             raise  # about some other file that the caller's own code opened
         reason = error.strerror or str(error)
-        raise DoconvError(
-            f"cannot write '{target}': {reason}; free the place or choose another folder"
-        ) from error
+        raise DoconvError(f"cannot write '{target}': {reason}; free the place or choose another folder") from error
 
 
 def _replace(temporary: Path, target: Path) -> None:

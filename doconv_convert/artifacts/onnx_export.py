@@ -162,9 +162,7 @@ def _torchscript(
     return ir.from_proto(onnx.load_from_string(file.getvalue()))
 
 
-def _named_tensors(
-    module: nn.Module, inputs: tuple[Any, ...], names: Sequence[str] | None
-) -> dict[str, Tensor]:
+def _named_tensors(module: nn.Module, inputs: tuple[Any, ...], names: Sequence[str] | None) -> dict[str, Tensor]:
     """The tensors among the inputs, in the exporters' order, by the names their ONNX inputs get."""
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     if names is None:
@@ -178,9 +176,7 @@ def _named_tensors(
     return dict(zip(names, tensors, strict=True))
 
 
-def _asked_axes(
-    tensors: Mapping[str, Tensor], dynamic: Mapping[str, Mapping[int, str]] | None
-) -> dict[str, Axes]:
+def _asked_axes(tensors: Mapping[str, Tensor], dynamic: Mapping[str, Mapping[int, str]] | None) -> dict[str, Axes]:
     for name, axes in (dynamic or {}).items():
         if name not in tensors:
             raise UsageError(f"dynamic names no input '{name}': expected one of {list(tensors)}")
@@ -246,7 +242,7 @@ def _cannot_export(module: nn.Module, error: BaseException) -> DoconvError:
     reason = textwrap.shorten(f"{type(error).__name__}: {error}", 400)
     return DoconvError(
         f"'{type(module).__name__}' cannot be exported to ONNX: {reason}; change that part of its "
-        "forward, or try another opset"
+        "forward, or ask for another opset or fewer dynamic axes"
     )
 
 

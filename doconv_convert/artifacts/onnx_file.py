@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,13 +57,21 @@ def write(model: ir.Model, target: Path) -> None:
             ir.save(model, temporary, format="protobuf")
         remove_stale_data(target)
         return
-    with temporary_beside(target) as data, atomic_write(target) as temporary:
-        ir.save(model, temporary, format="protobuf", external_data=data.name)
-        name = publish_data(data, target)
-        saved = ir.load(temporary, format="protobuf")
-        _point_to(saved, name)
-        ir.save(saved, temporary, format="protobuf")
-    remove_stale_data(target, keep=name)
+    _write_pair(model, target)
+
+
+def install_model(finished: Path, target: Path) -> None:
+    """Copies the finished model at `finished` to `target` in one step, like `write`: the very bytes.
+
+    External data comes along; then the reference to it, which carries the target's name, is all that changes.
+    Raises DoconvError where the place cannot be written.
+    """
+    if read_header(finished).external_data:
+        _write_pair(ir.load(finished), target)
+        return
+    with atomic_write(target) as temporary:
+        shutil.copyfile(finished, temporary)
+    remove_stale_data(target)
 
 
 def read_header(path: Path) -> Header:
@@ -73,6 +82,16 @@ def read_header(path: Path) -> Header:
     external = any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in graph.initializer)
     inputs, outputs = [_port(value) for value in graph.input], [_port(value) for value in graph.output]
     return Header(opset, inputs, outputs, external)
+
+
+def _write_pair(model: ir.Model, target: Path) -> None:
+    with temporary_beside(target) as data, atomic_write(target) as temporary:
+        ir.save(model, temporary, format="protobuf", external_data=data.name)
+        name = publish_data(data, target)
+        saved = ir.load(temporary, format="protobuf")
+        _point_to(saved, name)
+        ir.save(saved, temporary, format="protobuf")
+    remove_stale_data(target, keep=name)
 
 
 def _port(value: onnx.ValueInfoProto) -> Port:

@@ -88,7 +88,7 @@ class Recipe:
             raise DoconvError(f"'{path}' does not say what model it holds; name it with --model SOURCE.")
         if self.source.kind not in ("torchvision", "timm"):
             raise DoconvError(
-                f"'{path}' names '{self.source.text}', whose code is only run if you name it: --model {self.source.text}"
+                f"'{path}' names '{self.source.text}'; its code is only run if you name it: --model {self.source.text}"
             )
         unknown = sorted(self.source.args.keys() - RECIPE_ARGS)
         if unknown:

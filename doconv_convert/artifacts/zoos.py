@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from doconv_convert.artifacts.factories import nearest, foreign
+from doconv_convert.artifacts.factories import foreign, nearest
 from doconv_convert.errors import DoconvError, UsageError
 
 if TYPE_CHECKING:

@@ -38,9 +38,7 @@ class Coverage:
         return [name for name, reach in self.reach.items() if reach is None]
 
 
-def sensitivity(
-    outputs: Sequence[Tensor], absolute_bounds: Sequence[float], kernels: Mapping[str, Tensor]
-) -> Coverage:
+def sensitivity(outputs: Sequence[Tensor], absolute_bounds: Sequence[float], kernels: Mapping[str, Tensor]) -> Coverage:
     """Coverage of `kernels` (leaf tensors with gradients) by float `outputs` computed from them.
 
     `absolute_bounds` is, per output, the L2 distance that its comparison allows.

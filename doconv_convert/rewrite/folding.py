@@ -13,6 +13,7 @@ from doconv_convert.nn.composition import CONVOLUTIONS, convolve_features
 from doconv_convert.nn.layers import fold_kernel
 from doconv_convert.nn.overlay import read_factors, stored_kernels
 from doconv_convert.rewrite.install import is_over_parameterized, restore
+from doconv_convert.rewrite.sites import site_name
 
 # Two float64 sums of at most a few ten thousand terms; the largest seen over torchvision is 4e-15.
 FOLD_TOLERANCE = 1e-12
@@ -35,7 +36,7 @@ def layer_factors(model: nn.Module) -> list[Factors]:
     for path, module in model.named_modules():
         for kernel in stored_kernels(module):
             weight, d, extra = read_factors(module, kernel)
-            name = path if kernel.name == "weight" and path else f"{path}.{kernel.name}".lstrip(".")
+            name = site_name(path, kernel.name)
             found.setdefault(id(weight), Factors(name, weight, d, extra, kernel.groups))
     return list(found.values())
 

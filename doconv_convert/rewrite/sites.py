@@ -35,6 +35,11 @@ class Action(enum.Enum):
     ALREADY = "already DO-Conv"
 
 
+def site_name(path: str, kernel: str) -> str:
+    """A site's name as people type it: the layer's path, or the parameter's where it is not `weight`."""
+    return path if kernel == "weight" and path else f"{path}.{kernel}".lstrip(".")
+
+
 @dataclass(frozen=True)
 class Owner:
     """A module of the model that has the kernel among its parameters."""
@@ -45,10 +50,7 @@ class Owner:
 
     @property
     def name(self) -> str:
-        """The site's name as people type it: the layer's path, or the parameter's where it is not `weight`."""
-        if self.kernel == "weight" and self.path:
-            return self.path
-        return f"{self.path}.{self.kernel}".lstrip(".")
+        return site_name(self.path, self.kernel)
 
 
 @dataclass
@@ -173,7 +175,8 @@ def decide(sites: Sequence[Site], options: Options) -> None:
                 site.keep(Reason.TOO_LARGE)
     if too_small:
         listed = "; ".join(
-            f"'{s.name}': d_mul must be at least {s.positions} ({'x'.join(map(str, s.shape[2:]))} kernel), got {s.d_mul}"
-            for s in too_small
+            f"'{site.name}': d_mul must be at least {site.positions} "
+            f"({'x'.join(map(str, site.shape[2:]))} kernel), got {site.d_mul}"
+            for site in too_small
         )
         raise UsageError(f"{listed}. Use --d-mul K or more, or exclude these layers.")

@@ -30,9 +30,14 @@ def test_success_replaces_the_target_and_leaves_nothing_else(tmp_path: Path) -> 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, interruption: BaseException) -> None:
     target = tmp_path / "out.onnx"
     target.write_bytes(b"old")
-    with pytest.raises(type(interruption)), atomic_write(target) as temporary:
-        temporary.write_bytes(b"half")
-        raise interruption
+
+    def write_half() -> None:
+        with atomic_write(target) as temporary:
+            temporary.write_bytes(b"half")
+            raise interruption
+
+    with pytest.raises(type(interruption)):
+        write_half()
     assert target.read_bytes() == b"old"
     assert names(tmp_path) == ["out.onnx"]
 

@@ -17,7 +17,7 @@ from doconv_convert.artifacts.onnx_export import ExportReport, export_onnx
 from doconv_convert.artifacts.sources import Source, build
 from doconv_convert.errors import DoconvError, UsageError
 
-NET = '''
+NET = """
 import os
 import sys
 from torch import nn
@@ -51,7 +51,7 @@ def crashes():
     print("last words", file=sys.stderr)
     sys.stderr.flush()
     os._exit(7)
-'''
+"""
 
 
 class BatchBaked(nn.Module):
@@ -146,8 +146,20 @@ def test_a_baked_in_batch_gives_a_static_file_and_says_so(tmp_path: Path) -> Non
     report = export_onnx(BatchBaked(), inputs(2, 8), tmp_path / "out.onnx")
     assert not report.dynamic_batch
     assert report.inputs == [("x", [2, 8])]
-    with pytest.raises(DoconvError, match="axis 0 of input 'x' was to be dynamic, got 2: .* leave it out"):
+    with pytest.raises(DoconvError, match=r"'BatchBaked' cannot be exported .* fewer dynamic axes"):
         export_onnx(BatchBaked(), inputs(2, 8), tmp_path / "out.onnx", dynamic={"x": {0: "n"}})
+
+
+def test_dynamic_axes_are_read_back_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export = torch.onnx.export
+    monkeypatch.setattr(
+        "torch.onnx.export", lambda *args, **options: export(*args, **{**options, "dynamic_shapes": None})
+    )
+    report = export_onnx(nn.Conv2d(3, 4, 3), inputs(), tmp_path / "out.onnx")
+    assert not report.dynamic_batch
+    with pytest.raises(DoconvError, match=r"axis 2 of input 'input' was to be dynamic, got 32: .* leave it out"):
+        export_onnx(nn.Conv2d(3, 4, 3), inputs(), tmp_path / "new.onnx", dynamic={"input": {2: "height"}})
+    assert not (tmp_path / "new.onnx").exists()
 
 
 def test_static_and_dynamic_as_asked(tmp_path: Path) -> None:
@@ -178,9 +190,7 @@ def test_several_and_nested_inputs_are_named_after_the_arguments(tmp_path: Path)
         ({"dynamic": {"input": {4: "n"}}}, "input 'input' has no axis 4 for dynamic: expected 0 to 3"),
     ],
 )
-def test_options_that_do_not_fit_are_usage_errors(
-    tmp_path: Path, options: dict[str, object], message: str
-) -> None:
+def test_options_that_do_not_fit_are_usage_errors(tmp_path: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         export_onnx(nn.Conv2d(3, 4, 3), inputs(), tmp_path / "out.onnx", **options)  # type: ignore[arg-type]
 
@@ -190,10 +200,8 @@ def test_a_dynamic_batch_is_not_traced_at_one(tmp_path: Path) -> None:
         export_onnx(nn.Conv2d(3, 4, 3), inputs(1, 3, 8, 8), tmp_path / "out.onnx")
 
 
-def test_a_model_that_cannot_be_traced_is_a_short_error(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(DoconvError, match="'DataDependent' cannot be exported to ONNX: .*data-dependent") as caught:
+def test_a_model_that_cannot_be_traced_is_a_short_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(DoconvError, match=r"'DataDependent' cannot be exported to ONNX: .*data-dependent") as caught:
         export_onnx(DataDependent().train(), inputs(), tmp_path / "out.onnx")
     assert len(str(caught.value)) < 700
     assert list(tmp_path.iterdir()) == []
@@ -201,7 +209,7 @@ def test_a_model_that_cannot_be_traced_is_a_short_error(
 
 
 def test_an_impossible_place_is_refused_before_the_work(tmp_path: Path) -> None:
-    with pytest.raises(DoconvError, match="cannot write '.*': it is a folder"):
+    with pytest.raises(DoconvError, match=r"cannot write '.*': it is a folder"):
         export_onnx(DataDependent(), inputs(), tmp_path)
 
 
@@ -279,6 +287,25 @@ def test_large_weights_go_beside_and_an_interruption_keeps_the_old_pair(
     assert data() == []
 
 
+@pytest.mark.parametrize("limit", [1000, 10**9])
+def test_a_finished_model_is_installed_as_it_is(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    monkeypatch.setattr(onnx_file, "ONE_FILE_BYTES", limit)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "net.onnx.data").write_bytes(b"stale")
+    model = build(source).eval()
+    external = export_onnx(model, inputs(), tmp_path / "work.onnx").external_data
+    onnx_file.install_model(tmp_path / "work.onnx", folder / "net.onnx")
+    assert external == (limit == 1000)
+    assert len(list(folder.iterdir())) == 1 + external
+    here, there = (onnx.load(path) for path in (tmp_path / "work.onnx", folder / "net.onnx"))
+    assert here.SerializeToString(deterministic=True) == there.SerializeToString(deterministic=True)
+    if not external:
+        assert (tmp_path / "work.onnx").read_bytes() == (folder / "net.onnx").read_bytes()
+
+
 def test_a_child_exports_the_same_bytes_as_this_process(source: Source, tmp_path: Path) -> None:
     jobs = [job(tmp_path, source, inputs(), path=tmp_path / f"child{i}.onnx", opset=20) for i in range(2)]
     reports = export_in_child(jobs, parallel=True)
@@ -292,7 +319,11 @@ def test_a_child_exports_the_same_bytes_as_this_process(source: Source, tmp_path
 @pytest.mark.parametrize(
     ("factory", "args", "message"),
     [
-        ("killed", {}, r"the process that exports '.*net\.py:killed' to '.*child\.onnx' was killed by SIGKILL"),
+        (
+            "killed",
+            {},
+            r"the process that exports '.*net\.py:killed' to '.*child\.onnx' was killed by SIGKILL: .*out of memory\?",
+        ),
         ("crashes", {}, "ended with code 7: last words"),
         ("make", {"width": 32}, r"state\.safetensors' does not fit '.*net\.py:make': .*size mismatch"),
         ("absent", {}, r"net\.py' has no factory 'absent'"),

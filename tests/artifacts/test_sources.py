@@ -140,7 +140,7 @@ def test_pinned_names_the_variant() -> None:
     assert pinned(Source("torchvision:resnet50"), "DEFAULT").text == "torchvision:resnet50@IMAGENET1K_V2"
     assert pinned(Source("timm:resnet18"), "fb_ssl_yfcc100m_ft_in1k").text == "timm:resnet18.fb_ssl_yfcc100m_ft_in1k"
     assert pinned(Source("timm:resnet18"), "DEFAULT").text == "timm:resnet18.a1_in1k"
-    with pytest.raises(UsageError, match="'net.py:f' has no named weights, got 'DEFAULT': pass a checkpoint file"):
+    with pytest.raises(UsageError, match=r"'net\.py:f' has no named weights, got 'DEFAULT': pass a checkpoint file"):
         pinned(Source("net.py:f"), "DEFAULT")
 
 
@@ -165,7 +165,7 @@ def test_a_failed_download_says_which_file_to_pass(
 
 
 def test_wrong_arguments_are_an_error_in_words() -> None:
-    with pytest.raises(DoconvError, match="'torchvision:resnet18' raised TypeError: .*'colour'"):
+    with pytest.raises(DoconvError, match=r"'torchvision:resnet18' raised TypeError: .*'colour'"):
         build(parse_source("torchvision:resnet18", {"colour": 3}))
 
 
@@ -298,7 +298,7 @@ def test_examples_are_varied_repeatable_and_leave_the_random_state() -> None:
 
 
 def test_meaning_is_not_made_up() -> None:
-    with pytest.raises(UsageError, match="input 'tokens': got dtype 'int64', .* pass --input FILE"):
+    with pytest.raises(UsageError, match=r"input 'tokens': got dtype 'int64', .* pass --input FILE"):
         example_inputs([InputSpec("tokens", (1, 9), "int64")], batch=2, seed=0)
 
 

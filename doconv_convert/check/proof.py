@@ -1,0 +1,197 @@
+"""The proof: which checks were made, how each ended, and whether together they prove the file.
+
+A status is passed, failed or not checked; nothing "succeeds with a warning". Importing this needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from doconv_convert.check.graph import GraphComparison, compare_graphs, leftover_composition
+from doconv_convert.check.macs import MacCount, compare_counts, count_macs, format_macs
+from doconv_convert.check.outputs import Array, OutputCheck, compare_outputs, relative_error, run_onnx
+from doconv_convert.errors import DoconvError
+
+State = Literal["passed", "failed", "not checked"]
+
+# Two fp32 implementations of one ONNX graph differ by up to 3e-5 of the scale in deep nets; 1024 epsilon is 1.2e-4.
+ONNX_BOUND = 1024 * 2.0**-23
+
+
+@dataclass(frozen=True)
+class Status:
+    """One check: its state, a sentence, and what was found, line by line."""
+
+    name: str
+    state: State
+    detail: str
+    findings: tuple[str, ...] = ()
+
+
+@dataclass
+class Proof:
+    """All statuses of one file, with their figures."""
+
+    file: str
+    statuses: list[Status] = field(default_factory=list)
+    macs: int | None = None
+    outputs: list[OutputCheck] = field(default_factory=list)
+    reach: Mapping[str, float | None] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> bool:
+        return any(status.state == "failed" for status in self.statuses)
+
+    @property
+    def proven(self) -> bool:
+        """Every check was made and passed."""
+        return bool(self.statuses) and all(status.state == "passed" for status in self.statuses)
+
+    def state(self, name: str) -> State:
+        return next((status.state for status in self.statuses if status.name == name), "not checked")
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "proven": self.proven, "failed": self.failed}
+
+
+@dataclass(frozen=True)
+class TorchSide:
+    """What torch says about the inputs: float64 outputs of the trained model, fp32 outputs of the plain one,
+    the batch, and per kernel how far a change of 1e-3 would move them (in units of their bounds)."""
+
+    inputs: Sequence[Array]
+    truth: Sequence[Array]
+    plain: Sequence[Array]
+    samples: int
+    reach: Mapping[str, float | None]
+    training_only: Sequence[str] = ()
+
+
+def check_graph(baseline: Path, candidate: Path, *, values: bool = True) -> Status:
+    """Nodes, attributes, wiring, shapes and (`values`) initializer bytes; nothing of the composition is left."""
+    comparison: GraphComparison = compare_graphs(baseline, candidate, values=values)
+    expected = set(leftover_composition(baseline))
+    findings = [*comparison.differences, *(left for left in leftover_composition(candidate) if left not in expected)]
+    what = "initializer bytes" if values else "initializer shapes"
+    if findings:
+        return Status("graph", "failed", "the graph is not the original's", tuple(findings))
+    detail = f"{comparison.nodes} nodes and the {what} of {comparison.initializers} initializers are the original's"
+    return Status("graph", "passed", detail)
+
+
+def check_macs(baseline: Path | MacCount, candidate: Path) -> tuple[Status, MacCount]:
+    """MACs as exact integers, per node and in total, at batch 1."""
+    expected = baseline if isinstance(baseline, MacCount) else count_macs(baseline)
+    count = count_macs(candidate)
+    differences = compare_counts(expected, count)
+    figure = f"{count.total:,} MACs ({format_macs(count.total)}; FLOPs = 2 x MACs) in {len(count.nodes)} nodes"
+    if count.uncounted:
+        figure += f"; not counted: {', '.join(f'{n} {op}' for op, n in count.uncounted.items())}"
+    if differences:
+        return Status("macs", "failed", "MACs differ from the original's", tuple(differences)), count
+    return Status("macs", "passed", f"{figure}, equal to the original's"), count
+
+
+def check_outputs(candidate: Path, side: TorchSide) -> tuple[Status, list[OutputCheck]]:
+    """onnxruntime against the float64 run of the trained model."""
+    names, got = run_onnx(candidate, side.inputs)
+    if len(got) != len(side.truth):
+        detail = f"the file has {len(got)} outputs, the model {len(side.truth)}"
+        return Status("outputs", "failed", detail), []
+    checks = compare_outputs(names, side.truth, side.plain, got, side.samples)
+    if not checks:
+        return Status("outputs", "failed", "the model has no tensor outputs; nothing was compared"), []
+    bad = tuple(f"'{check.name}' {check.problem}" for check in checks if not check.ok)
+    if bad:
+        return Status("outputs", "failed", f"{len(bad)} of {len(checks)} outputs", bad), checks
+    worst = max(checks, key=lambda check: check.error / check.bound if check.bound else 0.0)
+    detail = (
+        f"{len(checks)} outputs on {side.samples} samples: onnxruntime is off by {worst.error:.1e} of the scale, fp32 "
+        f"torch by {worst.plain_error:.1e}, allowed {worst.bound:.1e}; largest element {worst.largest:.1e}"
+    )
+    return Status("outputs", "passed", detail), checks
+
+
+def check_coverage(side: TorchSide, graph_state: State, fold_state: State) -> Status:
+    """Which kernels the outputs would have betrayed. The others count as proven only by the per-site fold
+    check together with equal initializer bytes."""
+    reach = side.reach
+    seen = [name for name, value in reach.items() if value is not None and value > 1]
+    blind = [name for name in reach if name not in seen]
+    if not reach:
+        return Status("coverage", "passed", "the model has no convolution kernels to cover")
+    detail = f"a change of 1e-3 would show in the outputs for {len(seen)} of {len(reach)} kernels"
+    findings = tuple(
+        f"'{name}' " + ("only runs in training" if reach[name] is None else f"moves them by {reach[name]:.2g} bounds")
+        for name in blind
+    )
+    if not blind:
+        return Status("coverage", "passed", detail)
+    if graph_state == "passed" and fold_state == "passed":
+        detail += f"; {len(blind)} others by the per-site fold check and equal initializer bytes"
+        return Status("coverage", "passed", detail, findings)
+    return Status("coverage", "failed", f"{detail}; pass --input with real samples", findings)
+
+
+def prove(candidate: Path, baseline: Path | None, side: TorchSide | None, fold: Status) -> Proof:
+    """Every check of one file. Without a torch side the outputs and the coverage are not checked."""
+    proof = Proof(str(candidate), [fold])
+    if baseline is None:
+        proof.statuses.append(Status("graph", "not checked", "there is no plain original to compare with"))
+        proof.macs = count_macs(candidate).total
+        proof.statuses.append(Status("macs", "not checked", format_macs(proof.macs)))
+    else:
+        proof.statuses.append(check_graph(baseline, candidate))
+        status, count = check_macs(baseline, candidate)
+        proof.statuses.append(status)
+        proof.macs = count.total
+    if side is None:
+        proof.statuses.append(Status("outputs", "not checked", "no weights were given"))
+        return proof
+    try:
+        status, proof.outputs = check_outputs(candidate, side)
+    except DoconvError as error:
+        status = Status("outputs", "failed", str(error))
+    proof.statuses.append(status)
+    proof.reach = side.reach
+    proof.statuses.append(check_coverage(side, proof.state("graph"), fold.state))
+    return proof
+
+
+def compare_files(baseline: Path, candidate: Path, inputs: Sequence[Array]) -> Proof:
+    """One ONNX file against another, without torch: structure, MACs, and outputs in onnxruntime."""
+    proof = Proof(str(candidate), [check_graph(baseline, candidate, values=False)])
+    status, count = check_macs(baseline, candidate)
+    proof.statuses.append(status)
+    proof.macs = count.total
+    names, expected = run_onnx(baseline, inputs)
+    try:
+        got_names, got = run_onnx(candidate, inputs)
+    except DoconvError as error:
+        proof.statuses.append(Status("outputs", "failed", str(error)))
+        return proof
+    proof.statuses.append(_same_outputs(names, expected, got_names, got))
+    return proof
+
+
+def _same_outputs(
+    names: Sequence[str], expected: Sequence[Array], got_names: Sequence[str], got: Sequence[Array]
+) -> Status:
+    if list(names) != list(got_names):
+        return Status("outputs", "failed", f"outputs are named {list(got_names)}, expected {list(names)}")
+    problems, worst = [], 0.0
+    for name, value, other in zip(names, expected, got, strict=True):
+        if value.shape != other.shape or value.dtype != other.dtype:
+            problems.append(f"'{name}' is {other.dtype} {other.shape}, expected {value.dtype} {value.shape}")
+            continue
+        error = relative_error(other, value)
+        worst = max(worst, error)
+        if not value.size or not error <= ONNX_BOUND:
+            what = "is empty" if not value.size else f"differs by {error:.1e} of its scale, allowed {ONNX_BOUND:.1e}"
+            problems.append(f"'{name}' {what}")
+    if problems or not names:
+        return Status("outputs", "failed", f"{len(problems)} of {len(names)} outputs", tuple(problems))
+    return Status("outputs", "passed", f"{len(names)} outputs differ by {worst:.1e} of their scale at most")

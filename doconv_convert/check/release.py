@@ -1,0 +1,205 @@
+"""From a checkpoint to a proven ONNX file: load, fold, export in children, prove, and only then write."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from doconv_convert.artifacts.checkpoint import Checkpoint, load_into, read_checkpoint, require_finite, save
+from doconv_convert.artifacts.export_child import ExportJob, export_in_child
+from doconv_convert.artifacts.files import check_writable
+from doconv_convert.artifacts.models import Inputs
+from doconv_convert.artifacts.onnx_export import ExportReport
+from doconv_convert.artifacts.onnx_file import install_model
+from doconv_convert.artifacts.recipe import recipe_sites
+from doconv_convert.artifacts.sources import Source, build
+from doconv_convert.check.proof import Proof, Status, prove
+from doconv_convert.check.torch_side import torch_side
+from doconv_convert.rewrite.convert import copy_model
+from doconv_convert.rewrite.fold import FoldReport, fold_in_place
+from doconv_convert.rewrite.sites import Options
+
+# Traced at 2 (1 may be baked in) and run at 3, so that a dynamic batch is seen to be one.
+EXPORT_BATCH, PROOF_BATCH = 2, 3
+SIDE_BY_SIDE_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Flags:
+    """How to export: as in `export_onnx`."""
+
+    opset: int | None = None
+    input_names: Sequence[str] | None = None
+    output_names: Sequence[str] | None = None
+    dynamic_batch: bool = True
+    dynamic: Mapping[str, Mapping[int, str]] | None = None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint in its network: the trained (unfolded) model in eval mode and where it came from."""
+
+    checkpoint: Checkpoint
+    source: Source
+    trained: nn.Module
+    options: Options
+
+
+@dataclass(frozen=True)
+class Release:
+    """What `fold` made: the fold's report, the export's, the proof (None without ONNX) and remarks."""
+
+    fold: FoldReport
+    export: ExportReport | None
+    proof: Proof | None
+    notes: tuple[str, ...]
+
+
+def load_trained(path: Path, source: Source | None, options: Options) -> Loaded:
+    """Read a checkpoint of ours, or any state dict of `source`'s model. Raises DoconvError."""
+    checkpoint = read_checkpoint(path)
+    require_finite(checkpoint)
+    if source is None:
+        recipe = checkpoint.recipe
+        source = recipe.trusted_source(str(path)) if recipe else _no_source(path)
+    model = load_into(build(source), checkpoint, options)
+    return Loaded(checkpoint, source, model.eval(), options)
+
+
+def release(
+    loaded: Loaded,
+    inputs: Inputs | None,
+    *,
+    plain: Path | None = None,
+    onnx: Path | None = None,
+    flags: Flags | None = None,
+    verify: bool = True,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Release:
+    """Fold, export and prove; `plain` and `onnx` are written only when no check failed.
+
+    Raises DoconvError: a fold that is not finite, an export that fails, a place that cannot be written.
+    """
+    for target in (plain, onnx):
+        if target is not None:
+            check_writable(target)
+    progress("folding")
+    count = len(recipe_sites(loaded.trained))
+    folded = fold_in_place(copy_model(loaded.trained), check_first=False)
+    notes = _notes(loaded, folded, count)
+    if onnx is None or inputs is None:
+        if plain is not None:
+            save(folded.model, plain, source=loaded.source)
+        return Release(folded, None, None, notes)
+    with _workspace(onnx) as workspace:
+        state = workspace / "plain.safetensors"
+        save(folded.model, state, source=loaded.source)
+        candidate, baseline = workspace / onnx.name, workspace / f"baseline-{onnx.name}"
+        sample = workspace / "inputs.npz"
+        write_inputs(sample, inputs.tensors(EXPORT_BATCH))
+        flags = flags or Flags()
+        jobs = [export_job(loaded.source, state, sample, candidate, flags, inputs, loaded)]
+        if verify:
+            jobs.append(export_job(loaded.source, state, sample, baseline, flags, inputs))
+        progress("exporting")
+        batch = PROOF_BATCH if flags.dynamic_batch and not inputs.image_list else EXPORT_BATCH
+        with ThreadPoolExecutor(1) as background:
+            exports = background.submit(export_in_child, jobs, parallel=_side_by_side(loaded.trained))
+            side = torch_side(loaded.trained, folded.model, inputs.arguments(batch), batch) if verify else None
+            reports = exports.result()
+        if side is not None and batch != EXPORT_BATCH and not reports[0].dynamic_batch:
+            side = torch_side(loaded.trained, folded.model, inputs.arguments(EXPORT_BATCH), EXPORT_BATCH)
+        progress("proving")
+        status = fold_status(count)
+        proof = prove(candidate, baseline, side, status) if verify else Proof(str(onnx), [status])
+        proof.file = str(onnx)
+        if not proof.failed:
+            install_model(candidate, onnx)
+            if plain is not None:
+                shutil.copyfile(state, plain)
+    return Release(folded, reports[0], proof, notes)
+
+
+def fold_status(count: int) -> Status:
+    """The per-site check: `fold` raises where it fails, so having come here is having passed."""
+    if not count:
+        return Status("fold", "passed", "nothing to fold: a plain checkpoint")
+    return Status("fold", "passed", f"{count} kernels; kernel and feature composition agree in float64 to 1e-12")
+
+
+def export_job(
+    source: Source,
+    state: Path,
+    sample: Path,
+    target: Path,
+    flags: Flags,
+    inputs: Inputs,
+    trained: Loaded | None = None,
+) -> ExportJob:
+    """An export in a child: of `source`'s plain network with `state`, or of `trained` folded by the child."""
+    return ExportJob(
+        source,
+        state,
+        sample,
+        target,
+        flags.opset,
+        flags.input_names,
+        flags.output_names,
+        flags.dynamic_batch,
+        flags.dynamic,
+        image_list=inputs.image_list,
+        checkpoint=None if trained is None else Path(trained.checkpoint.path),
+        include=("*",) if trained is None else tuple(trained.options.include),
+        exclude=() if trained is None else tuple(trained.options.exclude),
+    )
+
+
+def write_inputs(path: Path, tensors: Sequence[Tensor]) -> None:
+    arrays: Any = {f"input_{index}": tensor.numpy() for index, tensor in enumerate(tensors)}
+    np.savez(path, **arrays)
+
+
+@contextmanager
+def _workspace(target: Path) -> Iterator[Path]:
+    """A folder beside the target: what is proven there moves into place by a rename."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _side_by_side(model: nn.Module) -> bool:
+    return sum(p.numel() * p.element_size() for p in model.parameters()) < SIDE_BY_SIDE_BYTES
+
+
+def _notes(loaded: Loaded, folded: FoldReport, count: int) -> tuple[str, ...]:
+    notes = list(loaded.checkpoint.notes)
+    if not count:
+        notes.append(f"'{loaded.checkpoint.path}' has no D: a plain checkpoint, nothing to fold")
+    notes += [f"'{one.name}' ({one.cls}) was not folded: {one.declined}" for one in folded.foreign if one.declined]
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in loaded.trained.parameters()} & {
+        "bfloat16",
+        "float16",
+        "float64",
+    }
+    if dtypes:
+        notes.append(
+            f"the model is {', '.join(sorted(dtypes))}; the ONNX file is float32, which onnxruntime's CPU runs"
+        )
+    return tuple(notes)
+
+
+def _no_source(path: Path) -> Source:
+    from doconv_convert.errors import UsageError
+
+    raise UsageError(f"'{path}' has no recipe that says what model it holds; name it with --model SOURCE.")

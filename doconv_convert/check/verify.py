@@ -1,0 +1,158 @@
+"""`verify`: an ONNX file against a checkpoint, a source or another ONNX file."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from doconv_convert.check.macs import MacCount, count_macs
+from doconv_convert.check.outputs import Array, onnx_input_shapes
+from doconv_convert.check.proof import Proof, Status, compare_files, prove
+from doconv_convert.errors import DoconvError, UsageError
+
+if TYPE_CHECKING:
+    from doconv_convert.artifacts.models import Inputs
+    from doconv_convert.artifacts.sources import Source
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a file is held against, and how that is built and exported: the options of `fold`."""
+
+    against: str
+    model: str | None = None
+    weights: str | None = None
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    include: Sequence[str] = ("*",)
+    exclude: Sequence[str] = ()
+    input_shapes: Sequence[str] = ()
+    input_file: Path | None = None
+    opset: int | None = None
+    input_names: Sequence[str] | None = None
+    output_names: Sequence[str] | None = None
+    dynamic: Mapping[str, Mapping[int, str]] | None = None
+    dynamic_batch: bool = True
+
+
+def verify(candidate: str | Path, *, against: str | Path, **options: Any) -> Proof:
+    """Check the ONNX file `candidate` against an ONNX file, a checkpoint (with `model` where it has no recipe)
+    or a source (with `weights`; without them graph and MACs only). `options` are `Reference`'s fields.
+
+    Returns the proof: `.proven`, `.failed` and `.statuses`. Raises DoconvError for files that cannot be read.
+    """
+    return verify_file(Path(candidate), Reference(against=str(against), **options))
+
+
+def verify_file(candidate: Path, reference: Reference, progress: Callable[[str], None] = lambda text: None) -> Proof:
+    """As `verify`, with the options in one value."""
+    if not candidate.is_file():
+        raise DoconvError(f"'{candidate}' is no file; expected an ONNX model.")
+    if Path(reference.against).suffix == ".onnx":
+        return compare_files(Path(reference.against), candidate, _onnx_inputs(candidate, reference))
+    return _against_torch(candidate, reference, progress)
+
+
+def count_source(text: str, model_args: Mapping[str, Any], input_shapes: Sequence[str]) -> MacCount:
+    """MACs of one sample of a SOURCE's plain network, counted on its ONNX export."""
+    from doconv_convert.artifacts.models import find_inputs, open_model
+    from doconv_convert.rewrite.fold import fold_in_place
+
+    opened = open_model(text, None, model_args, 0)
+    inputs = find_inputs(opened, input_shapes, None) or _no_inputs(text)
+    fold_in_place(opened.model, check_first=False)
+    with tempfile.TemporaryDirectory() as folder:
+        baseline = _export_baseline(Path(folder), opened.source, opened.model, inputs, Reference(against=text))
+        return count_macs(baseline)
+
+
+def _against_torch(candidate: Path, reference: Reference, progress: Callable[[str], None]) -> Proof:
+    from doconv_convert.artifacts.models import Opened, find_inputs, is_checkpoint, open_model
+    from doconv_convert.artifacts.recipe import recipe_sites
+    from doconv_convert.artifacts.sources import parse_source
+    from doconv_convert.check.release import EXPORT_BATCH, PROOF_BATCH, fold_status, load_trained
+    from doconv_convert.check.torch_side import torch_side
+    from doconv_convert.rewrite.convert import copy_model
+    from doconv_convert.rewrite.fold import fold_in_place
+    from doconv_convert.rewrite.sites import Options
+
+    has_weights = True
+    if is_checkpoint(reference.against) and ":" not in reference.against:
+        source = None if reference.model is None else parse_source(reference.model, reference.model_args)
+        options = Options(include=reference.include, exclude=reference.exclude)
+        loaded = load_trained(Path(reference.against), source, options)
+        opened = Opened(loaded.trained, loaded.source)
+    else:
+        opened = open_model(reference.against, reference.weights, reference.model_args, 0)
+        has_weights = reference.weights is not None
+    inputs = find_inputs(opened, reference.input_shapes, reference.input_file) or _no_inputs(reference.against)
+    count = len(recipe_sites(opened.model))
+    progress("folding")
+    folded = fold_in_place(copy_model(opened.model.eval()), check_first=False).model
+    with tempfile.TemporaryDirectory() as folder:
+        progress("exporting the original")
+        baseline = _export_baseline(Path(folder), opened.source, folded, inputs, reference)
+        if not has_weights:
+            return _without_weights(candidate, baseline)
+        progress("running both")
+        static = not all(isinstance(shape[0], str) for shape in onnx_input_shapes(baseline).values() if shape)
+        batch = EXPORT_BATCH if static or inputs.image_list else PROOF_BATCH
+        side = torch_side(opened.model, folded, inputs.arguments(batch), batch)
+        return prove(candidate, baseline, side, fold_status(count))
+
+
+def _without_weights(candidate: Path, baseline: Path) -> Proof:
+    from doconv_convert.check.proof import check_graph, check_macs
+
+    status, count = check_macs(baseline, candidate)
+    graph = check_graph(baseline, candidate, values=False)
+    outputs = Status("outputs", "not checked", "no weights were given (--weights)")
+    return Proof(str(candidate), [graph, status, outputs], count.total)
+
+
+def _export_baseline(folder: Path, source: Source, folded: Any, inputs: Inputs, reference: Reference) -> Path:
+    from doconv_convert.artifacts.checkpoint import save
+    from doconv_convert.artifacts.export_child import export_in_child
+    from doconv_convert.check.release import EXPORT_BATCH, Flags, export_job, write_inputs
+
+    state, sample, baseline = folder / "plain.safetensors", folder / "inputs.npz", folder / "baseline.onnx"
+    save(folded, state)
+    write_inputs(sample, inputs.tensors(EXPORT_BATCH))
+    flags = Flags(
+        reference.opset,
+        reference.input_names,
+        reference.output_names,
+        reference.dynamic_batch,
+        reference.dynamic,
+    )
+    export_in_child([export_job(source, state, sample, baseline, flags, inputs)])
+    return baseline
+
+
+def _onnx_inputs(candidate: Path, reference: Reference) -> list[Array]:
+    """Random inputs for two ONNX files, from a generator of their own; a dynamic dimension 0 is a batch of 2."""
+    import numpy as np
+
+    if reference.input_file is not None:
+        content: Any = np.load(reference.input_file, allow_pickle=False)
+        return [content] if isinstance(content, np.ndarray) else [content[name] for name in content.files]
+    given = {name: shape for name, _, shape in (text.rpartition("=") for text in reference.input_shapes)}
+    generator = np.random.default_rng(0)
+    arrays: list[Array] = []
+    for name, dims in onnx_input_shapes(candidate).items():
+        text = given.get(name, given.get("") if len(given) == 1 else None)
+        if text is not None:
+            dims = [int(size) for size in text.split(",")]
+        elif any(not isinstance(dim, int) for dim in dims[1:]):
+            raise UsageError(
+                f"input '{name}' has dynamic sizes {dims}; give them with --input-shape {name}=1,3,224,224."
+            )
+        size = [dim if isinstance(dim, int) else 2 for dim in dims]
+        arrays.append(generator.standard_normal(size).astype(np.float32))
+    return arrays
+
+
+def _no_inputs(text: str) -> Inputs:
+    raise UsageError(f"'{text}': its input is not known; give it with --input-shape 1,3,224,224.")

@@ -1,0 +1,58 @@
+"""The command line's table of contents."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from doconv_convert.cli.demo import demo
+from doconv_convert.cli.flops import flops
+from doconv_convert.cli.fold import fold
+from doconv_convert.cli.to_doconv import to_doconv
+from doconv_convert.cli.verify import verify
+
+app = typer.Typer(
+    name="doconv-convert",
+    help="Train a network with over-parameterized convolutions (DO-Conv), ship exactly the network you drew.",
+    epilog="Exit codes: 0 everything asked for succeeded, 1 an error, 2 wrong usage, 3 a check failed.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("to-doconv")(to_doconv)
+app.command("fold")(fold)
+app.command("verify")(verify)
+app.command("flops")(flops)
+app.command("demo")(demo)
+
+
+def _print_versions(wanted: bool) -> None:
+    if not wanted:
+        return
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    from doconv_convert import __version__
+
+    typer.echo(f"doconv-convert {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    for package in ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "safetensors"):
+        try:
+            typer.echo(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            typer.echo(f"{package} not installed")
+    raise typer.Exit
+
+
+@app.callback()
+def root(
+    versions: Annotated[
+        bool,
+        typer.Option("--version", help="Versions to put in a bug report.", callback=_print_versions, is_eager=True),
+    ] = False,
+) -> None:
+    """Train a network with over-parameterized convolutions (DO-Conv), ship exactly the network you drew."""
+
+
+def main() -> None:
+    app()

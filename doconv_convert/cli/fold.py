@@ -1,0 +1,87 @@
+"""`doconv-convert fold`: from a trained checkpoint to a plain model and a proven ONNX file."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from doconv_convert.cli import options as o
+from doconv_convert.cli.console import check_failed, output
+from doconv_convert.errors import UsageError
+
+
+def fold(
+    checkpoint: Annotated[Path, typer.Argument(help="A file of ours, or torch.save(model.state_dict()).")],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="SOURCE", help="The network it belongs to, unless the file says so."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the plain state dict (.safetensors).")
+    ] = None,
+    onnx: Annotated[Path | None, typer.Option("--onnx", metavar="FILE", help="Export to ONNX and prove it.")] = None,
+    model_args: o.ModelArgs = None,
+    include: o.Include = None,
+    exclude: o.Exclude = None,
+    input_shape: o.InputShape = None,
+    input_file: o.InputFile = None,
+    opset: o.Opset = None,
+    input_names: o.InputNames = None,
+    output_names: o.OutputNames = None,
+    dynamic: o.Dynamic = None,
+    static: o.Static = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the proof; never counts as proven.")] = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Fold DO-Conv layers into ordinary convolutions; with --onnx export and prove that nothing changed."""
+    with output(as_json, quiet, debug, "loading") as shown:
+        if out is None and onnx is None:
+            raise UsageError("fold: name what to write: -o plain.safetensors, --onnx out.onnx, or both.")
+        from doconv_convert.artifacts.models import Opened, find_inputs
+        from doconv_convert.artifacts.sources import parse_source
+        from doconv_convert.check.release import Flags, load_trained, release
+        from doconv_convert.rewrite.sites import Options
+
+        source = None if model is None else parse_source(model, o.parse_model_args(model_args))
+        options = Options(include=include or ("*",), exclude=exclude or ())
+        loaded = load_trained(checkpoint, source, options)
+        inputs = None
+        if onnx is not None:
+            inputs = find_inputs(Opened(loaded.trained, loaded.source), input_shape, input_file)
+            if inputs is None:
+                raise UsageError(
+                    f"'{loaded.source.text}': its input is not known; give it with --input-shape 1,3,224,224."
+                )
+        flags = Flags(
+            opset, o.parse_names(input_names), o.parse_names(output_names), not static, o.parse_dynamic(dynamic)
+        )
+        made = release(loaded, inputs, plain=out, onnx=onnx, flags=flags, verify=not no_verify, progress=shown.step)
+        for note in made.notes:
+            shown.say(note)
+        proof, export = made.proof, made.export
+        written = [] if proof is not None and proof.failed else [str(path) for path in (out, onnx) if path is not None]
+        shown.document = {
+            "source": loaded.source.to_json(),
+            "folded": made.fold.folded,
+            "notes": made.notes,
+            "export": None if export is None else {**asdict(export), "path": str(onnx)},
+            "proof": None if proof is None else proof.to_json(),
+            "proven": proof is not None and proof.proven and not no_verify,
+            "written": written,
+        }
+        if proof is None:
+            shown.say(f"folded {len(made.fold.folded)} kernels; wrote {out}")
+            return
+        shown.proof(proof) if not no_verify else shown.say(f"{onnx}: proven: false (--no-verify)")
+        if export is not None:
+            batch = "dynamic" if export.dynamic_batch else "static"
+            shown.say(f"opset {export.opset}, {export.exporter} exporter, {batch} batch")
+        if proof.failed:
+            shown.say("nothing was written: a check failed")
+            check_failed(shown)
+        shown.say("wrote " + ", ".join(written))

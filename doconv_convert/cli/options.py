@@ -1,0 +1,68 @@
+"""Options that several commands share, and the reading of their texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from doconv_convert.errors import UsageError
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+Include = Annotated[list[str] | None, typer.Option("--include", metavar="GLOB", help="Only these layers; repeats.")]
+Exclude = Annotated[list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Not these layers; repeats.")]
+Seed = Annotated[int, typer.Option("--seed", help="For random weights and for weight_extra.")]
+ModelArgs = Annotated[
+    str | None, typer.Option("--model-args", metavar="JSON", help="Keyword arguments of the builder.")
+]
+InputShape = Annotated[
+    list[str] | None,
+    typer.Option("--input-shape", metavar="[NAME=]1,3,224,224", help="An input's shape, batch first; repeats."),
+]
+InputFile = Annotated[
+    Path | None, typer.Option("--input", metavar="FILE", help="Samples: .npy, or .npz with input names as keys.")
+]
+Opset = Annotated[int | None, typer.Option("--opset", help="ONNX opset; default: the exporter's own.")]
+InputNames = Annotated[str | None, typer.Option("--input-names", metavar="A,B", help="Names of the ONNX inputs.")]
+OutputNames = Annotated[str | None, typer.Option("--output-names", metavar="A,B", help="Names of the ONNX outputs.")]
+Dynamic = Annotated[
+    list[str] | None,
+    typer.Option("--dynamic", metavar="NAME:AXIS=DIM", help="A further dynamic dimension (x:2=height); repeats."),
+]
+Static = Annotated[bool, typer.Option("--static", help="A fixed batch of 2 instead of a dynamic one.")]
+
+
+def parse_model_args(text: str | None) -> dict[str, Any]:
+    """A JSON object. Raises UsageError."""
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UsageError(
+            f"--model-args: got '{text}', expected JSON such as '{{\"num_classes\": 10}}' ({error})."
+        ) from error
+    if not isinstance(value, dict):
+        raise UsageError(f"--model-args: got a {type(value).__name__}, expected a JSON object.")
+    return value
+
+
+def parse_names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",")]
+
+
+def parse_dynamic(texts: Sequence[str] | None) -> Mapping[str, Mapping[int, str]] | None:
+    """{input: {axis: dimension}} from texts like "x:2=height". Raises UsageError."""
+    axes: dict[str, dict[int, str]] = {}
+    for text in texts or ():
+        left, _, dimension = text.partition("=")
+        name, _, axis = left.rpartition(":")
+        if not name or not axis.isdigit() or not dimension:
+            raise UsageError(f"--dynamic: got '{text}', expected NAME:AXIS=DIM such as 'x:2=height'.")
+        axes.setdefault(name, {})[int(axis)] = dimension
+    return axes or None

@@ -1,0 +1,102 @@
+"""`doconv-convert to-doconv`: a model with over-parameterized convolutions, ready to train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from doconv_convert.cli import options as o
+from doconv_convert.cli.console import Output, output
+from doconv_convert.errors import UsageError
+
+
+def to_doconv(
+    source: Annotated[
+        str, typer.Argument(help="torchvision:NAME, timm:NAME, package.module:factory, file.py:factory.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="The .safetensors to write.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", metavar="DEFAULT|NAME|FILE", help="Start from these weights.")
+    ] = None,
+    d_mul: Annotated[str, typer.Option("--d-mul", metavar="9|2K|K+3", help="D_mul >= K.")] = "K",
+    include: o.Include = None,
+    exclude: o.Exclude = None,
+    pointwise: Annotated[bool, typer.Option("--pointwise", help="Give 1x1 kernels a D too.")] = False,
+    max_d_params: Annotated[
+        int, typer.Option("--max-d-params", metavar="N", help="Keep a layer whose D would be larger.")
+    ] = 16_000_000,
+    seed: o.Seed = 0,
+    model_args: o.ModelArgs = None,
+    input_shape: o.InputShape = None,
+    input_file: o.InputFile = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan.")] = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Over-parameterize a model's convolutions; what it computes stays the same, bit for bit (checked)."""
+    with output(as_json, quiet, debug, "converting") as shown:
+        if out is None and not dry_run:
+            raise UsageError("to-doconv: name the file to write with -o FILE, or pass --dry-run.")
+        from doconv_convert.artifacts.checkpoint import save
+        from doconv_convert.artifacts.files import check_writable
+        from doconv_convert.artifacts.models import find_inputs, open_model
+        from doconv_convert.check.start import require_same_start
+        from doconv_convert.rewrite.convert import to_doconv as convert
+        from doconv_convert.rewrite.plan import Plan, plan
+
+        if out is not None and not dry_run:
+            check_writable(out)
+        opened = open_model(source, weights, o.parse_model_args(model_args), seed)
+        inputs = find_inputs(opened, input_shape, input_file)
+        chosen = {
+            "d_mul": d_mul,
+            "include": include or ("*",),
+            "exclude": exclude or (),
+            "pointwise": pointwise,
+            "max_d_params": max_d_params,
+        }
+        example = None if inputs is None else inputs.arguments(batch=2)
+        planned: Plan = plan(opened.model, example, **chosen)  # type: ignore[arg-type]
+        shown.document = {"plan": planned.to_json(), "written": None}
+        if not dry_run and out is not None:
+            if example is None:
+                raise UsageError(f"'{source}': its input is not known; give it with --input-shape 1,3,224,224.")
+            converted = convert(opened.model, example_inputs=example, seed=seed, **chosen)  # type: ignore[arg-type]
+            shown.step("comparing with the original")
+            require_same_start(opened.model, converted, example)
+            save(converted, out, source=opened.source)
+            shown.document["written"] = str(out)
+        _show(shown, planned, out)
+
+
+def _show(shown: Output, planned: object, out: Path | None) -> None:
+    from doconv_convert.rewrite.plan import Plan
+
+    if not isinstance(planned, Plan):
+        return
+    head = ["layer", "kind", "kernel", "groups", "D_mul", "added", "MACs", "action"]
+    rows = [
+        [
+            row.name,
+            row.kind,
+            "x".join(map(str, row.kernel)) or "-",
+            row.groups,
+            "-" if row.d_mul is None else row.d_mul,
+            row.added_parameters,
+            "-" if row.macs is None else row.macs,
+            row.action if row.reason is None else f"{row.action}: {row.reason}",
+        ]
+        for row in planned.rows
+    ]
+    shown.table(head, rows, right=(3, 4, 5, 6))
+    counts = ", ".join(f"{count} {what}" for what, count in planned.counts().items())
+    shown.say(f"{planned.model}: {counts}; {planned.added_parameters:,} parameters added for training")
+    for path in planned.not_looked_into:
+        shown.say(f"not looked into: '{path or planned.model}'; give --input-shape")
+    if shown.document["written"]:
+        shown.say(f"wrote {out}: computes exactly what the original does (torch.equal)")
