@@ -58,7 +58,7 @@ def compose_kernel(weight: Tensor, d: Tensor, weight_extra: Tensor | None = None
     """
     device = weight.device.type
     # A context manager costs more than a small composition: enter it only where there is something to switch off.
-    autocast = torch.is_autocast_enabled(device)
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         dtype = torch.promote_types(weight.dtype, torch.float32)
         slots = weight.flatten(2)

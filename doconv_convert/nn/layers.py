@@ -20,6 +20,10 @@ from doconv_convert.nn.stored import StoredKernel, load_factors, new_factors
 
 COMPOSITIONS = ("kernel", "feature")
 
+# A tracer that starts at a layer itself records one call of these, with W and D as its inputs.
+fx.wrap("compose_kernel")
+fx.wrap("convolve_features")
+
 
 class _DOConv(nn.modules.conv._ConvNd):
     """What the three layers share. Always mixed in before one of torch's own convolution classes."""
@@ -158,7 +162,9 @@ class _DOConv(nn.modules.conv._ConvNd):
         """Convolve (B, C_in, *size) or (C_in, *size), as the plain layer does."""
         if isinstance(input, fx.Proxy):  # an fx leaf in anybody's tracer, though not in torch.nn
             tracer: Any = input.tracer
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
+            path = tracer.path_of_module(self)
+            if path:  # empty where the trace starts here: there is no module to call then
+                return tracer.create_proxy("call_module", path, (input,), {})
         if self.composition == "feature" and self.D is not None:
             return self._convolve_features(input, self.D)
         return self._conv_forward(input, self.effective_kernel(), self.bias)

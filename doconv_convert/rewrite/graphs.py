@@ -87,11 +87,12 @@ def kernel_origin(gm: fx.GraphModule, kernel: fx.Node) -> nn.Parameter | Reason 
     if kernel.op == "call_function" and kernel.target is compose_kernel:
         return None
     if kernel.op == "get_attr":
-        return parameter_read(gm, kernel) or Reason.BLUR_FILTER
-    sources = [node for node in ancestors(kernel) if node.op in ("placeholder", "get_attr", "call_module")]
-    if any(node.op != "get_attr" for node in sources):
+        parameter = parameter_read(gm, kernel)
+        return Reason.BLUR_FILTER if parameter is None else parameter
+    sources = ancestors(kernel)
+    if any(node.op == "placeholder" for node in sources):
         return Reason.INPUT_DEPENDENT
-    learned = any(parameter_read(gm, node) is not None for node in sources)
+    learned = any(node.op == "call_module" or parameter_read(gm, node) is not None for node in sources)
     return Reason.COMPUTED if learned else Reason.BLUR_FILTER
 
 
