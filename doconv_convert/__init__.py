@@ -35,6 +35,7 @@ _HOMES = {
     "export_onnx": "artifacts.onnx_export",
     "count_macs": "check.macs",
     "verify": "check.verify",
+    "rehearse": "check.rehearse",
     "DoconvError": "errors",
     "UsageError": "errors",
 }
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from doconv_convert.artifacts.checkpoint import save as save
     from doconv_convert.artifacts.onnx_export import export_onnx as export_onnx
     from doconv_convert.check.macs import count_macs as count_macs
+    from doconv_convert.check.rehearse import rehearse as rehearse
     from doconv_convert.check.verify import verify as verify
     from doconv_convert.errors import DoconvError as DoconvError
     from doconv_convert.errors import UsageError as UsageError

@@ -22,6 +22,15 @@ if TYPE_CHECKING:
     from torchvision.models import WeightsEnum  # type: ignore[import-untyped]
 
 
+def model_names(library: str) -> list[str]:
+    """Every architecture of "torchvision" or "timm", in alphabetical order."""
+    if library == "timm":
+        return sorted(_timm().list_models())
+    from torchvision.models import list_models
+
+    return sorted(list_models())
+
+
 def check_torchvision(name: str) -> None:
     """Raises UsageError, with the nearest names, where torchvision has no model `name`."""
     from torchvision.models import list_models

@@ -9,6 +9,7 @@ import typer
 from doconv_convert.cli.demo import demo
 from doconv_convert.cli.flops import flops
 from doconv_convert.cli.fold import fold
+from doconv_convert.cli.rehearse import rehearse
 from doconv_convert.cli.to_doconv import to_doconv
 from doconv_convert.cli.verify import verify
 
@@ -24,6 +25,7 @@ app.command("to-doconv")(to_doconv)
 app.command("fold")(fold)
 app.command("verify")(verify)
 app.command("flops")(flops)
+app.command("rehearse")(rehearse)
 app.command("demo")(demo)
 
 

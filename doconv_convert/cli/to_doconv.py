@@ -45,7 +45,7 @@ def to_doconv(
         from doconv_convert.artifacts.checkpoint import save
         from doconv_convert.artifacts.files import check_writable
         from doconv_convert.artifacts.models import find_inputs, open_model
-        from doconv_convert.check.start import require_same_start
+        from doconv_convert.check.start import require_same_start, run_in_eval
         from doconv_convert.rewrite.convert import to_doconv as convert
         from doconv_convert.rewrite.plan import Plan, plan
 
@@ -60,7 +60,9 @@ def to_doconv(
             "pointwise": pointwise,
             "max_d_params": max_d_params,
         }
-        example = None if inputs is None else inputs.arguments(batch=2)
+        example = None if inputs is None else inputs.arguments(batch=2, like=opened.model)
+        if example is not None:
+            run_in_eval(opened.model, example)  # wrong inputs are refused here, in words
         planned: Plan = plan(opened.model, example, **chosen)  # type: ignore[arg-type]
         shown.document = {"plan": planned.to_json(), "written": None}
         if not dry_run and out is not None:

@@ -1,0 +1,137 @@
+"""Making a network lively: so that its outputs depend on the image and on every kernel.
+
+A fresh network hides faults: its batch-norm statistics are not those of its activations, layer scales and
+residual branches start near zero, heads at zero. Independently drawn statistics are worse: they make the
+output constant. So D and everything degenerate is drawn at random and the statistics are then *calibrated* by
+one forward of a varied batch. For rehearsals and tests only: a user's weights are never changed.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from doconv_convert.check.exact import output_tensors
+from doconv_convert.errors import DoconvError
+from doconv_convert.nn.overlay import stored_kernels
+from doconv_convert.rewrite.measure import run_model
+
+JITTER = 0.05
+# Samples of one batch must differ by more than this part of the output's scale.
+LIVELY = 1e-2
+# A parameter tensor that is constant and below this is a switched-off scale (layer scale, zero-init residual).
+_OFF = 1e-3
+
+
+def make_lively(model: nn.Module, inputs: Any, seed: int = 0) -> None:
+    """Randomise a converted `model` in place and calibrate it on `inputs` (a varied batch of 3 or more).
+
+    D ~ N(0, 1/K) and weight_extra are drawn anew, batch norms get affine parameters and calibrated statistics
+    jittered by 5 %, zero or switched-off parameters get values. The global random state is not touched.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        randomise_factors(model, generator)
+        _switch_on(model, generator)
+        _calibrate(model, inputs)
+        for norm in _batch_norms(model):
+            _jitter(norm, generator)
+
+
+def randomise_factors(model: nn.Module, generator: torch.Generator) -> None:
+    """D ~ N(0, 1/K); weight_extra ~ N(0, 1/fan_in)."""
+    with torch.no_grad():
+        for module in model.modules():
+            for kernel in stored_kernels(module):
+                d, extra = module._parameters[kernel.d_name], module._parameters.get(kernel.extra_name)
+                if d is not None:
+                    _draw(d, 1 / math.sqrt(d.shape[1]), generator)
+                    if extra is not None:
+                        _draw(extra, 1 / math.sqrt(extra.shape[1] * d.shape[1]), generator)
+
+
+def sample_spread(outputs: list[Tensor], samples: int) -> float:
+    """How much the samples of a batch differ, relative to the scale: the largest over the float outputs."""
+    spreads = [0.0]
+    for output in outputs:
+        if output.is_floating_point() and output.dim() and output.shape[0] == samples > 1:
+            exact = output.double()
+            scale = float(exact.norm())
+            spreads.append(float((exact - exact.mean(0)).norm()) / scale if scale else 0.0)
+    return max(spreads)
+
+
+def require_lively(model: nn.Module, inputs: Any, samples: int) -> float:
+    """The spread of the outputs over the samples. Raises DoconvError where it is not above LIVELY."""
+    with torch.no_grad():
+        spread = sample_spread(output_tensors(run_model(model.eval(), inputs)), samples)
+    if not spread > LIVELY:
+        raise DoconvError(
+            f"{type(model).__name__}: outputs differ between samples by {spread:.1e} of their scale, expected more than "
+            f"{LIVELY:.0e}; a comparison of such outputs shows nothing."
+        )
+    return spread
+
+
+def _draw(tensor: Tensor, deviation: float, generator: torch.Generator) -> None:
+    tensor.copy_(torch.randn(tensor.shape, generator=generator) * deviation)
+
+
+def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    return [norm for norm in norms if norm.running_mean is not None]
+
+
+def _switch_on(model: nn.Module, generator: torch.Generator) -> None:
+    """Values for what is constant: norms' affine parameters, biases, layer scales and zero weights."""
+    factors = {
+        id(module._parameters[name])
+        for module in model.modules()
+        for kernel in stored_kernels(module)
+        for name in (kernel.d_name, kernel.extra_name)
+        if name in module._parameters
+    }
+    for parameter in model.parameters():
+        if id(parameter) in factors or not parameter.numel():
+            continue
+        lowest, highest = float(parameter.min()), float(parameter.max())
+        if lowest != highest:
+            continue
+        if lowest == 1.0:
+            parameter.copy_(0.5 + torch.rand(parameter.shape, generator=generator))
+        elif parameter.dim() <= 1 and lowest == 0.0:
+            _draw(parameter, 0.1, generator)
+        elif abs(lowest) < _OFF:
+            fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
+            _draw(parameter, 1 / math.sqrt(max(fan_in, 4)), generator)
+
+
+def _calibrate(model: nn.Module, inputs: Any) -> None:
+    """One forward in which the batch norms normalise by, and remember, the batch's own statistics."""
+    norms = _batch_norms(model)
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.training = True
+    try:
+        run_model(model, inputs)
+    finally:
+        model.eval()
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+def _jitter(norm: _BatchNorm, generator: torch.Generator) -> None:
+    mean, variance = norm.running_mean, norm.running_var
+    if mean is None or variance is None:
+        return
+    noise = torch.randn(2, *mean.shape, generator=generator).to(mean)
+    mean.add_(JITTER * variance.sqrt() * noise[0])
+    variance.mul_((1 + JITTER * noise[1]).clamp(0.5, 1.5)).clamp_(min=1e-6)

@@ -1,0 +1,105 @@
+"""`doconv-convert rehearse`: will it work on mine? The whole way, on random weights, before the training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from doconv_convert.cli import options as o
+from doconv_convert.cli.console import Output, check_failed, output
+from doconv_convert.errors import DoconvError
+
+# Models a worker process rehearses before a fresh one takes over: torch gives back little memory.
+_MODELS_A_PROCESS = 8
+
+
+def rehearse(
+    sources: Annotated[list[str], typer.Argument(help="SOURCEs; globs as in 'torchvision:*' or 'timm:resnet*'.")],
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Processes side by side.")] = 1,
+    resume: Annotated[
+        Path | None,
+        typer.Option("--resume", metavar="FILE", help="Add each result to FILE (JSON lines), skip what is there."),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 1 where the original cannot be exported.")
+    ] = False,
+    no_export: Annotated[bool, typer.Option("--no-export", help="Stop after the fold, proven in torch.")] = False,
+    model_args: o.ModelArgs = None,
+    input_shape: o.InputShape = None,
+    seed: o.Seed = 0,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Rehearse conversion, fold, export and proof: a line a model, a status a step."""
+    with output(as_json, quiet, debug) as shown:
+        from doconv_convert.check.rehearse import CANNOT_EXPORT, expand
+
+        wanted = expand(sources)
+        known = _read(resume)
+        settings = {
+            "model_args": o.parse_model_args(model_args),
+            "seed": seed,
+            "export": not no_export,
+            "input_shapes": input_shape or [],
+        }
+        todo = [text for text in wanted if text not in known]
+        for index, result in enumerate(_results(todo, settings, jobs), 1):
+            known[result["source"]] = result
+            if resume is not None:
+                with resume.open("a") as file:
+                    file.write(json.dumps(result) + "\n")
+            _show(shown, result, f"{index}/{len(todo)}")
+        results = [known[text] for text in wanted]
+        states = [result["status"] for result in results]
+        unexportable = states.count(CANNOT_EXPORT)
+        failed = len(states) - states.count("passed") - unexportable
+        shown.say(
+            f"{len(states)} models: {states.count('passed')} passed, {unexportable} {CANNOT_EXPORT}, {failed} failed"
+        )
+        shown.document = {"models": results}
+        if failed:
+            check_failed(shown)
+        if unexportable and strict:
+            raise DoconvError(f"{unexportable} originals cannot be exported (--strict)")
+
+
+def _results(todo: list[str], settings: dict[str, Any], jobs: int) -> Iterator[dict[str, Any]]:
+    if jobs == 1:
+        for text in todo:
+            yield _one(text, settings)
+        return
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+
+    context = multiprocessing.get_context("spawn")  # never fork: OpenMP's threads do not survive it
+    with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=_MODELS_A_PROCESS) as pool:
+        for future in as_completed([pool.submit(_one, text, settings) for text in todo]):
+            yield future.result()
+
+
+def _one(text: str, settings: dict[str, Any]) -> dict[str, Any]:
+    from doconv_convert.check.rehearse import rehearse as run
+
+    return run(text, **settings).to_json()
+
+
+def _read(resume: Path | None) -> dict[str, dict[str, Any]]:
+    if resume is None or not resume.exists():
+        return {}
+    try:
+        results = [json.loads(line) for line in resume.read_text().splitlines() if line.strip()]
+        return {result["source"]: result for result in results}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DoconvError(f"'{resume}' is not a file of rehearsal results ({error}); name another one.") from error
+
+
+def _show(shown: Output, result: dict[str, Any], where: str) -> None:
+    seconds = sum(step["seconds"] for step in result["steps"])
+    shown.say(f"[{where}] {result['source']}: {result['status']} ({seconds:.1f} s)")
+    for step in result["steps"]:
+        shown.say(f"    {step['name']:8} {step['state']:7} {step['seconds']:6.1f} s  {step['detail']}")
