@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import os
 import pickle
-import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from doconv_convert.artifacts.files import atomic_write
-from doconv_convert.artifacts.recipe import METADATA_KEY, Recipe, apply_recipe, recipe_sites, sites_from_keys
+from doconv_convert.artifacts.recipe import (
+    METADATA_KEY,
+    Recipe,
+    apply_recipe,
+    may_be_factor,
+    recipe_sites,
+    sites_from_keys,
+)
 from doconv_convert.artifacts.sources import Source, build, parse_source
 from doconv_convert.errors import DoconvError
 from doconv_convert.nn.composition import memory_format
@@ -24,6 +30,9 @@ from doconv_convert.rewrite.sites import Options
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
+# Absent from files older than torch 0.4.1; torch itself fills it in, in strict loads too.
+_FORGIVEN = "num_batches_tracked"
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _SHOWN = 5
 
 
@@ -63,7 +72,9 @@ def save(model: nn.Module, path: str | Path, *, source: Source | str | None = No
     _separate(stored)
     recipe = Recipe(recipe_sites(model), source, aliases, tuple(channels_last))
     with atomic_write(Path(path)) as temporary:
+        mode = temporary.stat().st_mode
         save_file(stored, temporary, metadata={METADATA_KEY: recipe.dump()})
+        temporary.chmod(mode)  # safetensors makes private files (0600)
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -82,22 +93,55 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 
 def load_into(model: nn.Module, checkpoint: Checkpoint, options: Options | None = None) -> nn.Module:
     """Convert the plain `model` as the checkpoint demands and load it strictly, in place, with the checkpoint's
-    dtypes. Without a recipe the keys tell (`sites_from_keys`, where `options` names what was left out)."""
-    recipe = checkpoint.recipe
-    sites = recipe.sites if recipe else sites_from_keys(model, checkpoint.state, options or Options(), checkpoint.path)
-    apply_recipe(model, sites)
-    load_strictly(model, checkpoint.state, checkpoint.path)
+    dtypes. Without a recipe the keys tell (`sites_from_keys`, where `options` names what was left out).
+
+    Raises DoconvError for another architecture's file or a damaged one, before the first change."""
+    checkpoint = without_prefixes(checkpoint, model)
+    state, path, recipe = checkpoint.state, checkpoint.path, checkpoint.recipe
+    _require_fit(model, state, path, plain=True)
+    sites = recipe.sites if recipe else sites_from_keys(model, state, options or Options(), path)
+    apply_recipe(model, sites, state, path)
+    load_strictly(model, state, path)
     for name in recipe.channels_last if recipe else ():
-        tensor = model.state_dict(keep_vars=True)[name]
-        last = torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
-        tensor.data = tensor.data.contiguous(memory_format=last)
+        tensor = model.state_dict(keep_vars=True).get(name)
+        if tensor is None or tensor.dim() not in _CHANNELS_LAST:
+            raise DoconvError(f"'{path}': its recipe has '{name}' in channels last, which cannot be; it is damaged.")
+        tensor.data = tensor.data.contiguous(memory_format=_CHANNELS_LAST[tensor.dim()])
     return model
+
+
+def without_prefixes(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
+    """The checkpoint without the prefixes that wrappers (DDP, torch.compile, Lightning) put before every key.
+
+    Only where no key fits `model` as it is: a network may have a child named `model` of its own.
+    """
+    own, state, notes = model.state_dict().keys(), checkpoint.state, list(checkpoint.notes)
+    while not own & state.keys():
+        prefix = next((one for one in _PREFIXES if all(key.startswith(one) for key in state)), None)
+        if prefix is None:
+            return checkpoint
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+        notes.append(f"stripped '{prefix}' from every key")
+    return replace(checkpoint, state=state, notes=tuple(notes))
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], path: str) -> None:
     """`load_state_dict` with every difference named, in the state's dtypes. Raises DoconvError, first."""
+    _require_fit(model, state, path)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in state and tensor.dtype != state[name].dtype:
+            tensor.data = tensor.data.to(state[name].dtype)
+    model.load_state_dict(state, strict=True)
+
+
+def _require_fit(model: nn.Module, state: Mapping[str, Tensor], path: str, *, plain: bool = False) -> None:
+    """Raises DoconvError naming the keys that are missing, unexpected or of another shape.
+
+    `plain`: `model` is still to be converted, so that keys which may belong to a D are no reason to refuse.
+    """
     own = model.state_dict(keep_vars=True)
-    missing, unexpected = [k for k in own if k not in state], [k for k in state if k not in own]
+    missing = [k for k in own if k not in state and not k.endswith(_FORGIVEN)]
+    unexpected = [k for k in state if k not in own and not (plain and may_be_factor(k, own))]
     misshapen = [
         f"'{k}' got {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
         for k in own
@@ -117,10 +161,6 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], path: str) -> N
             f"'{path}' does not fit {type(model).__name__}: {'; '.join(parts)}. Name the architecture it was "
             "trained with (--model, --model-args)."
         )
-    for name, tensor in own.items():
-        if tensor.dtype != state[name].dtype:
-            tensor.data = tensor.data.to(state[name].dtype)
-    model.load_state_dict(state, strict=True)
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -131,7 +171,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     name = os.fspath(path)
     if not Path(path).is_file():
         raise DoconvError(f"'{name}' is no file; expected a checkpoint (.safetensors, .pt, .pth).")
-    if _is_pickle(Path(path)):
+    if _is_pickle(name):
         state, notes = _read_pickle(name)
         checkpoint = Checkpoint(name, state, None, notes)
     else:
@@ -156,10 +196,14 @@ def require_finite(checkpoint: Checkpoint) -> None:
         )
 
 
-def _is_pickle(path: Path) -> bool:
-    with path.open("rb") as file:
-        head = file.read(2)
-    return zipfile.is_zipfile(path) or head[:1] == b"\x80"
+def _is_pickle(path: str) -> bool:
+    """Whether torch.load is to read it; also where the end of a zip file is lost."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(2)
+    except OSError as error:
+        raise DoconvError(f"'{path}' cannot be read ({error.strerror}); expected a checkpoint file.") from error
+    return head == b"PK" or head[:1] == b"\x80"
 
 
 def _read_safetensors(path: str) -> Checkpoint:
@@ -167,17 +211,19 @@ def _read_safetensors(path: str) -> Checkpoint:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError, ValueError) as error:
+    except Exception as error:  # safetensors and torch raise many kinds for a damaged header
         raise DoconvError(
             f"'{path}' cannot be read as safetensors ({error}); it is damaged, incomplete or another kind of file: "
             "copy or save it again."
         ) from error
     recipe = Recipe.parse(metadata[METADATA_KEY], path) if METADATA_KEY in metadata else None
     for alias, stored in recipe.aliases.items() if recipe else ():
-        if stored not in state:
+        if stored not in state or alias in state:
             raise DoconvError(
-                f"'{path}': '{alias}' is stored as '{stored}', which the file does not have; it is damaged."
+                f"'{path}': by its recipe '{alias}' is stored as '{stored}' alone; the file has not that one only, it "
+                "is damaged."
             )
+    for alias, stored in recipe.aliases.items() if recipe else ():
         state[alias] = state[stored]
     return Checkpoint(path, state, recipe)
 
@@ -194,19 +240,15 @@ def _read_pickle(path: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     except Exception as error:  # torch.load raises many kinds for a damaged file
         raise DoconvError(f"'{path}' cannot be read ({type(error).__name__}: {error}); it is damaged.") from error
     notes = []
-    while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
-        wrapper = next((key for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        if wrapper is None:
-            break
+    # a state dict's values are tensors, so a dict under one of these names is what was wrapped
+    while isinstance(content, Mapping) and (
+        wrapper := next((key for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
+    ):
         notes.append(f"took '{wrapper}' of {', '.join(map(str, content))}")
         content = content[wrapper]
     if not isinstance(content, Mapping):
         raise DoconvError(f"'{path}' holds a {type(content).__name__}, expected a state dict; save model.state_dict().")
     state = {str(key): value for key, value in content.items()}
-    for prefix in _PREFIXES:
-        if state and all(key.startswith(prefix) for key in state):
-            notes.append(f"stripped '{prefix}' from every key")
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
     other = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if other:
         kind = type(state[other[0]]).__name__

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from doconv_convert.artifacts.checkpoint import load_into, load_strictly, read_checkpoint
-from doconv_convert.artifacts.inputs import InputSpec, example_inputs, infer_inputs, parse_input_shape
+from doconv_convert.artifacts.checkpoint import load_into, read_checkpoint, require_finite
+from doconv_convert.artifacts.inputs import InputSpec, example_inputs, forward_names, infer_inputs, parse_input_shape
+from doconv_convert.artifacts.samples import in_order, read_samples, varied
 from doconv_convert.artifacts.sources import Source, build, parse_source, pinned
-from doconv_convert.errors import DoconvError, UsageError
+from doconv_convert.errors import UsageError
 
 _CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 
@@ -40,14 +40,17 @@ class Inputs:
         return any(not spec.batched for spec in self.specs)
 
     def tensors(self, batch: int) -> tuple[Tensor, ...]:
-        """One tensor an input; the user's own samples are repeated up to the batch."""
+        """One tensor an input; the user's own samples are filled up to the batch (`varied`)."""
         if self.own is None:
             return example_inputs(self.specs, batch, seed=0)
-        return tuple(t.repeat(-(-batch // t.shape[0]), *[1] * (t.dim() - 1))[:batch] for t in self.own)
+        return tuple(torch.from_numpy(varied(t.numpy(), batch)) for t in self.own)
 
-    def arguments(self, batch: int) -> tuple[Any, ...]:
-        """The model's positional arguments."""
+    def arguments(self, batch: int, like: nn.Module | None = None) -> tuple[Any, ...]:
+        """The model's positional arguments; floats in the dtype of the model `like`."""
         tensors = self.tensors(batch)
+        dtype = next((p.dtype for p in like.parameters() if p.is_floating_point()), None) if like else None
+        if dtype is not None:
+            tensors = tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors)
         return (list(tensors),) if self.image_list else tensors
 
 
@@ -67,32 +70,28 @@ def open_model(text: str, weights: str | None, model_args: Mapping[str, Any], se
         source = checkpoint.recipe.trusted_source(text)
         return Opened(load_into(build(source), checkpoint), source)
     source = parse_source(text, model_args)
-    if weights is None or not is_checkpoint(weights):
+    if weights is None or not (is_checkpoint(weights) or Path(weights).is_file()):
         return Opened(build(source, weights, seed), pinned(source, weights))
-    model = build(source, None, seed)
-    load_strictly(model, read_checkpoint(weights).state, weights)
-    return Opened(model, source)
+    checkpoint = read_checkpoint(weights)
+    require_finite(checkpoint)
+    return Opened(load_into(build(source, None, seed), checkpoint), source)
 
 
 def find_inputs(opened: Opened, shapes: Sequence[str] | None, file: Path | None) -> Inputs | None:
     """The user's samples or shapes, else what the source tells; None where nothing does. Raises UsageError."""
     if file is not None:
-        own = _read_samples(file)
-        return Inputs([InputSpec(name, tuple(t.shape)) for name, t in own.items()], tuple(own.values()))
+        read = read_samples(file)
+        names = forward_names(opened.model, len(read))
+        own = [torch.from_numpy(array) for array in in_order(read, names, f"'{file}'")]
+        return Inputs([InputSpec(name, tuple(t.shape)) for name, t in zip(names, own, strict=True)], tuple(own))
     if shapes:
-        return Inputs([parse_input_shape(text) for text in shapes])
+        return Inputs(_in_forward_order([parse_input_shape(text) for text in shapes], opened.model))
     specs = infer_inputs(opened.source, opened.model)
     return None if specs is None else Inputs(specs)
 
 
-def _read_samples(path: Path) -> dict[str, Tensor]:
-    """One array of samples an input, batch first, from .npy or .npz."""
-    try:
-        content: Any = np.load(path, allow_pickle=False)
-        arrays = {"": content} if isinstance(content, np.ndarray) else dict(content)
-    except (OSError, ValueError) as error:
-        raise DoconvError(f"'{path}' cannot be read as .npy or .npz ({error}); save it with numpy.save.") from error
-    bad = next((name for name, array in arrays.items() if array.ndim == 0 or not array.size), None)
-    if bad is not None or not arrays:
-        raise UsageError(f"'{path}': '{bad or ''}' is no batch of samples; expected arrays with the batch first.")
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+def _in_forward_order(specs: list[InputSpec], model: nn.Module) -> list[InputSpec]:
+    named = {spec.name: spec for spec in specs}
+    if "" in named or len(specs) == 1:  # as the user gave them
+        return specs
+    return in_order(named, forward_names(model, len(specs)), "--input-shape")

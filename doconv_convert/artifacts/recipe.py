@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from torch import Tensor, nn
@@ -15,8 +15,8 @@ from doconv_convert.nn.layers import DOCONV_CLASSES
 from doconv_convert.nn.overlay import is_overlaid, stored_kernels
 from doconv_convert.nn.stored import StoredKernel
 from doconv_convert.rewrite.discover import discover
-from doconv_convert.rewrite.install import install
-from doconv_convert.rewrite.sites import Action, Options, Owner, Site, decide
+from doconv_convert.rewrite.install import install, refuse_name_clashes
+from doconv_convert.rewrite.sites import Action, Options, Owner, Site, decide, site_name
 
 METADATA_KEY = "doconv_convert"
 FORMAT_VERSION = 1
@@ -70,13 +70,13 @@ class Recipe:
                 )
             source = content["source"]
             return cls(
-                tuple(RecipeSite(**site) for site in content["sites"]),
-                source and Source(str(source["source"]), dict(source["args"])),
-                dict(content["aliases"]),
-                tuple(content["channels_last"]),
+                tuple(_site(**site) for site in content["sites"]),
+                None if source is None else Source(str(source["source"]), dict(source["args"])),
+                {str(alias): str(stored) for alias, stored in content["aliases"].items()},
+                tuple(map(str, content["channels_last"])),
                 str(content["tool_version"]),
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DoconvError(f"'{path}': its recipe cannot be read ({error!r}); the file is damaged.") from error
 
     def trusted_source(self, path: str) -> Source:
@@ -85,10 +85,14 @@ class Recipe:
         Raises DoconvError that says what to pass instead.
         """
         if self.source is None:
-            raise DoconvError(f"'{path}' does not say what model it holds; name it with --model SOURCE.")
+            raise DoconvError(
+                f"'{path}' does not say what model it holds; name it with --model SOURCE (in Python: load(path, "
+                "model=...))."
+            )
         if self.source.kind not in ("torchvision", "timm"):
             raise DoconvError(
-                f"'{path}' names '{self.source.text}'; its code is only run if you name it: --model {self.source.text}"
+                f"'{path}' names '{self.source.text}'; its code is only run if you name it: --model "
+                f"{self.source.text} (in Python: load(path, model=...))."
             )
         unknown = sorted(self.source.args.keys() - RECIPE_ARGS)
         if unknown:
@@ -100,6 +104,14 @@ class Recipe:
             return parse_source(self.source.text, self.source.args)
         except UsageError as error:
             raise DoconvError(f"'{path}': {error}") from error
+
+
+def may_be_factor(key: str, own: Collection[str]) -> bool:
+    """Whether a state dict's key could be the D or weight_extra of a kernel of a model with the keys `own`."""
+    for suffix in ("D", "weight_extra"):
+        if f".{key}".endswith(f".{suffix}") and key.removesuffix(suffix) + "weight" in own:
+            return True
+    return any(key.endswith(suffix) and key.removesuffix(suffix) in own for suffix in ("_D", "_extra"))
 
 
 def recipe_sites(model: nn.Module) -> tuple[RecipeSite, ...]:
@@ -115,13 +127,16 @@ def recipe_sites(model: nn.Module) -> tuple[RecipeSite, ...]:
     return tuple(found)
 
 
-def apply_recipe(model: nn.Module, sites: tuple[RecipeSite, ...]) -> None:
-    """Make exactly these kernels of a plain model over-parameterized, in place. Raises DoconvError for a site
-    that the model does not have, before the first change."""
+def apply_recipe(model: nn.Module, sites: Sequence[RecipeSite], state: Mapping[str, Tensor], path: str) -> None:
+    """Make exactly these kernels of a plain model over-parameterized, in place, ready for `state`.
+
+    Raises DoconvError, before the first change, for a site that the model does not have and for one whose D is
+    not in the state, or not in its shape.
+    """
     owners: dict[int, list[Owner]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
+    for owner_path, module in model.named_modules(remove_duplicate=False):
         for name, parameter in module._parameters.items():
-            owners.setdefault(id(parameter), []).append(Owner(path, module, name))
+            owners.setdefault(id(parameter), []).append(Owner(owner_path, module, name))
     modules = dict(model.named_modules(remove_duplicate=False))
     planned: dict[int, Site] = {}
     for one in sites:
@@ -129,16 +144,51 @@ def apply_recipe(model: nn.Module, sites: tuple[RecipeSite, ...]) -> None:
         parameter = None if owner is None else owner._parameters.get(one.kernel)
         if owner is None or parameter is None:
             raise DoconvError(
-                f"'{one.owner}': the recipe has an over-parameterized kernel '{one.kernel}' there, "
-                f"{type(model).__name__} has none; name the model it was made from."
+                f"'{path}': the over-parameterized kernel '{site_name(one.owner, one.kernel)}' is not in "
+                f"{type(model).__name__}; name the architecture it was trained with (--model, --model-args)."
             )
+        _require_factors(one, parameter, state, path)
         if StoredKernel(one.kernel, one.groups) in stored_kernels(owner):
             continue
         site = planned.setdefault(id(parameter), Site(owners[id(parameter)], parameter, {one.groups}))
         site.d_mul = one.d_mul
         site.read_elsewhere |= one.overlay
     for site in planned.values():
+        refuse_name_clashes(site)
+    for site in planned.values():
         install(site, Options())
+
+
+def _require_factors(one: RecipeSite, parameter: Tensor, state: Mapping[str, Tensor], path: str) -> None:
+    """Raises DoconvError unless `state` has the site's D and weight_extra in shapes that go with its kernel."""
+    name, shape, kernel = site_name(one.owner, one.kernel), parameter.shape, StoredKernel(one.kernel, one.groups)
+    if parameter.dim() not in (3, 4, 5) or shape[0] % one.groups:
+        raise DoconvError(
+            f"'{path}': its recipe gives '{name}' {one.groups} groups, which a kernel of shape {tuple(shape)} cannot "
+            "have; it is damaged, or from another architecture (--model, --model-args)."
+        )
+    if one.d_mul is None:
+        return
+    positions = shape[2:].numel()
+    expected = {kernel.d_name: (shape[1] * one.groups, positions, one.d_mul)}
+    if one.d_mul > positions:
+        expected[kernel.extra_name] = (*shape[:2], one.d_mul - positions)
+    for key, wanted in expected.items():
+        full = f"{one.owner}.{key}".lstrip(".")
+        got = tuple(state[full].shape) if full in state else "none"
+        if got != wanted or one.d_mul < positions:
+            raise DoconvError(
+                f"'{path}': the over-parameterized kernel '{name}' needs '{full}' with shape {wanted}, got {got}; the "
+                "file is incomplete or damaged: save it again, or go back to an earlier one."
+            )
+
+
+def _site(owner: str, kernel: str, groups: int, d_mul: int | None, overlay: bool) -> RecipeSite:
+    """A site as a file gives it. Raises TypeError or ValueError for values of other kinds."""
+    numbers = [groups] if d_mul is None else [groups, d_mul]
+    if not all(type(value) is int and value > 0 for value in numbers):
+        raise ValueError(f"groups {groups!r} and d_mul {d_mul!r} of {owner!r} are not positive whole numbers")
+    return RecipeSite(str(owner), str(kernel), groups, d_mul, bool(overlay))
 
 
 def sites_from_keys(
@@ -159,7 +209,7 @@ def sites_from_keys(
             if parameter is None or d is None or d.dim() != 3 or parameter.dim() < 3 or not parameter.shape[1]:
                 continue
             site = by_owner.get((owner_path, name))
-            groups = d.shape[0] // parameter.shape[1]
+            groups = max(1, d.shape[0] // parameter.shape[1])
             overlay = bool(site and site.read_elsewhere) or type(module) not in DOCONV_CLASSES
             found[owner_path, name] = RecipeSite(owner_path, name, groups, int(d.shape[2]), overlay)
     if not found:
@@ -175,9 +225,10 @@ def sites_from_keys(
     ]
     if lost:
         names = ", ".join(f"'{site.name}'" for site in lost[:5]) + (", ..." if len(lost) > 5 else "")
-        exclude = " ".join(f"--exclude '{site.name}'" for site in lost[:5])
+        exclude = " ".join(f"--exclude '{site.name}'" for site in lost)
+        include = " ".join(f"--include '{site_name(*key)}'" for key in found)
         raise DoconvError(
             f"'{path}': {len(found)} kernels have a D, but {len(lost)} have none ({names}); the file may have lost "
-            f"them. If they were left out of the conversion, say so: {exclude}"
+            f"them. If they were left out of the conversion, say so: {min(exclude, include, key=len)}"
         )
     return tuple(found.values())

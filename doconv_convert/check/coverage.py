@@ -3,13 +3,14 @@
 A kernel was tested only if an elementwise relative change of 1e-3 would move some output beyond its bound.
 To first order such a change dk = 1e-3 * k * n, n ~ N(0, 1), moves an output y by J dk; for a random direction
 r ~ N(0, 1) the expectation of ||grad_k <r, y> * k||^2 is that of ||J (k * n)||^2. Each output's r is divided by
-its bound, so one backward pass answers for all outputs and all kernels.
+its bound, so one backward pass answers for all outputs and all kernels. Where a gradient is cut on the way
+(torchvision detaches its proposals), the kernel is changed and the outputs are watched.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ RELATIVE_CHANGE = 1e-3
 @dataclass(frozen=True)
 class Coverage:
     """Per kernel how far a change of 1e-3 would move the outputs, in units of their bounds: above 1 it is
-    seen. None: no gradient reaches the kernel (it does not run in eval mode, or the gradient is cut)."""
+    seen. None: the outputs do not depend on the kernel (it only runs in training)."""
 
     reach: Mapping[str, float | None]
 
@@ -59,3 +60,29 @@ def sensitivity(outputs: Sequence[Tensor], absolute_bounds: Sequence[float], ker
         for (name, kernel), gradient in zip(kernels.items(), gradients, strict=True)
     }
     return Coverage(reach)
+
+
+def perturbation(
+    run: Callable[[], Sequence[Tensor]], outputs: Sequence[Tensor], absolute_bounds: Sequence[float], kernel: Tensor
+) -> float | None:
+    """How far a random change of 1e-3 really moves what `run` returns away from `outputs`, in units of the bounds.
+
+    `kernel` is changed in place for the run and restored. None where nothing moves.
+    """
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(kernel.shape, generator=generator, dtype=kernel.dtype).to(kernel.device)
+    before = kernel.detach().clone()
+    with torch.no_grad():
+        kernel.mul_(1 + RELATIVE_CHANGE * noise)
+        try:
+            moved = run()
+        finally:
+            kernel.copy_(before)
+        if any(one.shape != other.shape for one, other in zip(moved, outputs, strict=True)):
+            return math.inf  # other detections
+        distances = [
+            float((one - other).norm()) / bound
+            for one, other, bound in zip(moved, outputs, absolute_bounds, strict=True)
+            if bound > 0
+        ]
+    return max(distances, default=0.0) or None

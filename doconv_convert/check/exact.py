@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,15 +11,37 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from doconv_convert.errors import DoconvError, UsageError
+from doconv_convert.rewrite.convert import copy_model
 from doconv_convert.rewrite.measure import run_model
 
 
 def run_float64(model: nn.Module, inputs: Any) -> list[Tensor]:
     """The outputs' tensors, in order, of `model` in eval mode in float64, also where its own code asks for
-    float32 (RAFT's coordinate grids do). The model itself is not changed."""
-    exact = copy.deepcopy(model).double().eval()
-    with torch.no_grad(), _float64_by_default(), _WidenFloats():
-        return output_tensors(run_model(exact, tree_map(widen, inputs)))
+    float32 (RAFT's coordinate grids do). The model itself is not changed.
+
+    Raises DoconvError where the model does not run in float64."""
+    exact = copy_model(model).double().eval()
+    try:
+        with torch.no_grad(), _float64_by_default(), _WidenFloats():
+            return output_tensors(run_model(exact, tree_map(widen, inputs)))
+    except Exception as error:  # the user's forward
+        raise DoconvError(
+            f"{type(model).__name__} does not run in float64, which its outputs are judged by ({type(error).__name__}: "
+            f"{error}); skip the proof with --no-verify, or keep its constants in buffers."
+        ) from error
+
+
+def run_inputs(model: nn.Module, inputs: Any) -> Any:
+    """The model's output. Raises UsageError, naming the inputs' shapes, where it does not run on them."""
+    try:
+        return run_model(model, inputs)
+    except Exception as error:  # the user's forward
+        shapes = ", ".join(str(tuple(t.shape)) for t in output_tensors(inputs))
+        raise UsageError(
+            f"{type(model).__name__} does not run on inputs of shape {shapes} ({type(error).__name__}: {error}); give "
+            "the right ones with --input-shape or --input."
+        ) from error
 
 
 def output_tensors(output: Any) -> list[Tensor]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from doconv_convert.check.graph import read_model
 from doconv_convert.errors import DoconvError
 
 Array = npt.NDArray[Any]
@@ -58,7 +59,7 @@ def relative_error(got: Array, truth: Array) -> float:
 def compare_output(name: str, truth: Array, plain: Array, got: Array, samples: int) -> OutputCheck:
     """Compare one output of onnxruntime (`got`) and of plain fp32 torch with the float64 `truth`.
 
-    `samples` is the batch: an output whose first dimension it is must differ between samples.
+    `samples` is the batch: a float output whose first dimension it is must differ between samples.
     """
     problem: str | None = None
     error = plain_error = largest = float("nan")
@@ -121,21 +122,28 @@ def run_onnx(path: Path, inputs: Sequence[Array]) -> tuple[list[str], list[Array
 
 def onnx_input_shapes(path: Path) -> Mapping[str, list[int | str]]:
     """Input names and shapes of a file; a dynamic dimension is its name, or "?"."""
-    import onnx
+    return {name: shape for name, (_, shape) in onnx_inputs(path).items()}
 
-    graph = onnx.load(path, load_external_data=False).graph
+
+def onnx_inputs(path: Path) -> Mapping[str, tuple[np.dtype[Any], list[int | str]]]:
+    """Input names, dtypes and shapes of a file. Raises DoconvError where it is no ONNX model."""
+    from onnx import helper
+
+    graph = read_model(path).graph
     known = {tensor.name for tensor in graph.initializer}
-    return {
-        value.name: [dim.dim_value or dim.dim_param or "?" for dim in value.type.tensor_type.shape.dim]
-        for value in graph.input
-        if value.name not in known
-    }
+    found = {}
+    for value in graph.input:
+        tensor = value.type.tensor_type
+        shape: list[int | str] = [dim.dim_value or dim.dim_param or "?" for dim in tensor.shape.dim]
+        if value.name not in known:
+            found[value.name] = helper.tensor_dtype_to_np_dtype(tensor.elem_type), shape
+    return found
 
 
 def _variation(truth: Array, samples: int) -> float:
     """How much the samples of a batch differ, relative to the output; infinite where there is nothing to compare."""
     batched = truth.ndim > 0 and truth.shape[0] == samples and samples > 1
-    if not batched or not np.issubdtype(truth.dtype, np.floating) or not truth.size:
+    if not batched or not truth.size:
         return float("inf")
     return relative_error(np.broadcast_to(truth.mean(axis=0), truth.shape), truth)
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from doconv_convert.artifacts.recipe import recipe_sites
-from doconv_convert.check.coverage import sensitivity
-from doconv_convert.check.exact import output_tensors, run_float64
+from doconv_convert.check.coverage import perturbation, sensitivity
+from doconv_convert.check.exact import output_tensors, run_float64, run_inputs
 from doconv_convert.check.outputs import bound_for, relative_error
 from doconv_convert.check.proof import TorchSide
 from doconv_convert.rewrite.discover import discover
@@ -26,19 +26,25 @@ def torch_side(trained: nn.Module, folded: nn.Module, inputs: Any, samples: int)
     arithmetic on its own rounded weights, as it is exported; its truth takes the kernels as the fold rounded
     them, which the per-site check ties to the model's own.
     """
-    folded = folded.eval()
-    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in folded.parameters())
-    truth = run_float64(folded if half else trained.eval(), inputs)
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in trained.parameters())
     narrow = tree_map(_to_float32, inputs)
-    kernels = _float32_kernels(folded, trained)
-    plain = output_tensors(run_model(folded, narrow))
-    bounds = [
-        bound_for(relative_error(p.detach().numpy(), t.numpy())) * float(t.double().norm())
-        for p, t in zip(plain, truth, strict=True)
+    kernels = _float32_kernels(folded.eval(), trained)
+    plain = output_tensors(run_inputs(folded, narrow))
+    truth = run_float64(folded if half else trained, inputs)
+    bounds = {
+        index: bound_for(relative_error(p.detach().numpy(), t.numpy())) * float(t.norm())
+        for index, (p, t) in enumerate(zip(plain, truth, strict=True))
         if p.is_floating_point() and p.shape == t.shape
-    ]
-    floating = [p for p, t in zip(plain, truth, strict=True) if p.is_floating_point() and p.shape == t.shape]
-    reach = sensitivity(floating, bounds, kernels).reach
+    }
+
+    def compared() -> list[Tensor]:
+        outputs = output_tensors(run_model(folded, narrow))
+        return [outputs[index] for index in bounds]
+
+    reach = dict(sensitivity([plain[index] for index in bounds], list(bounds.values()), kernels).reach)
+    for name, kernel in kernels.items():
+        if reach[name] is None:  # a gradient that is cut shows nothing about the kernel
+            reach[name] = perturbation(compared, [plain[index] for index in bounds], list(bounds.values()), kernel)
     arrays = [leaf.numpy() for leaf in tree_leaves(narrow) if isinstance(leaf, Tensor)]
     return TorchSide(arrays, [t.numpy() for t in truth], [p.detach().numpy() for p in plain], samples, reach)
 

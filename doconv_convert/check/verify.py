@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from doconv_convert.check.macs import MacCount, count_macs
-from doconv_convert.check.outputs import Array, onnx_input_shapes
+from doconv_convert.check.outputs import Array, onnx_input_shapes, onnx_inputs
 from doconv_convert.check.proof import Proof, Status, compare_files, prove
 from doconv_convert.errors import DoconvError, UsageError
 
@@ -51,7 +51,8 @@ def verify_file(candidate: Path, reference: Reference, progress: Callable[[str],
     if not candidate.is_file():
         raise DoconvError(f"'{candidate}' is no file; expected an ONNX model.")
     if Path(reference.against).suffix == ".onnx":
-        return compare_files(Path(reference.against), candidate, _onnx_inputs(candidate, reference))
+        baseline = Path(reference.against)
+        return compare_files(baseline, candidate, _inputs_of(baseline, reference))
     return _against_torch(candidate, reference, progress)
 
 
@@ -70,7 +71,6 @@ def count_source(text: str, model_args: Mapping[str, Any], input_shapes: Sequenc
 
 def _against_torch(candidate: Path, reference: Reference, progress: Callable[[str], None]) -> Proof:
     from doconv_convert.artifacts.models import Opened, find_inputs, is_checkpoint, open_model
-    from doconv_convert.artifacts.recipe import recipe_sites
     from doconv_convert.artifacts.sources import parse_source
     from doconv_convert.check.release import EXPORT_BATCH, PROOF_BATCH, fold_status, load_trained
     from doconv_convert.check.torch_side import torch_side
@@ -88,9 +88,9 @@ def _against_torch(candidate: Path, reference: Reference, progress: Callable[[st
         opened = open_model(reference.against, reference.weights, reference.model_args, 0)
         has_weights = reference.weights is not None
     inputs = find_inputs(opened, reference.input_shapes, reference.input_file) or _no_inputs(reference.against)
-    count = len(recipe_sites(opened.model))
     progress("folding")
-    folded = fold_in_place(copy_model(opened.model.eval()), check_first=False).model
+    report = fold_in_place(copy_model(opened.model), check_first=False)
+    folded = report.model.eval()
     with tempfile.TemporaryDirectory() as folder:
         progress("exporting the original")
         baseline = _export_baseline(Path(folder), opened.source, folded, inputs, reference)
@@ -100,7 +100,7 @@ def _against_torch(candidate: Path, reference: Reference, progress: Callable[[st
         static = not all(isinstance(shape[0], str) for shape in onnx_input_shapes(baseline).values() if shape)
         batch = EXPORT_BATCH if static or inputs.image_list else PROOF_BATCH
         side = torch_side(opened.model, folded, inputs.arguments(batch), batch)
-        return prove(candidate, baseline, side, fold_status(count))
+        return prove(candidate, baseline, side, fold_status(len(report.folded)))
 
 
 def _without_weights(candidate: Path, baseline: Path) -> Proof:
@@ -131,26 +131,34 @@ def _export_baseline(folder: Path, source: Source, folded: Any, inputs: Inputs, 
     return baseline
 
 
-def _onnx_inputs(candidate: Path, reference: Reference) -> list[Array]:
-    """Random inputs for two ONNX files, from a generator of their own; a dynamic dimension 0 is a batch of 2."""
+def _inputs_of(baseline: Path, reference: Reference) -> list[Array]:
+    """The user's samples, or random ones from a generator of their own; a dynamic dimension 0 is a batch of 2."""
     import numpy as np
 
+    from doconv_convert.artifacts.inputs import parse_input_shape
+    from doconv_convert.artifacts.samples import in_order, read_samples
+
+    inputs = onnx_inputs(baseline)
     if reference.input_file is not None:
-        content: Any = np.load(reference.input_file, allow_pickle=False)
-        return [content] if isinstance(content, np.ndarray) else [content[name] for name in content.files]
-    given = {name: shape for name, _, shape in (text.rpartition("=") for text in reference.input_shapes)}
+        return in_order(read_samples(reference.input_file), list(inputs), f"'{reference.input_file}'")
+    specs = [parse_input_shape(text) for text in reference.input_shapes]
+    unnamed = len(specs) == len(inputs) and all(spec.name == "" for spec in specs)
+    given = dict(zip(inputs, specs, strict=True)) if unnamed else {spec.name: spec for spec in specs}
+    if unknown := given.keys() - inputs.keys():
+        raise UsageError(f"--input-shape: '{baseline}' has no input '{unknown.pop()}', it has {', '.join(inputs)}.")
     generator = np.random.default_rng(0)
     arrays: list[Array] = []
-    for name, dims in onnx_input_shapes(candidate).items():
-        text = given.get(name, given.get("") if len(given) == 1 else None)
-        if text is not None:
-            dims = [int(size) for size in text.split(",")]
+    for name, (dtype, dims) in inputs.items():
+        if not np.issubdtype(dtype, np.floating):
+            raise UsageError(f"input '{name}' is {dtype}, no values can be made up for it; give samples with --input.")
+        if name in given:
+            dims = list(given[name].shape)
         elif any(not isinstance(dim, int) for dim in dims[1:]):
             raise UsageError(
                 f"input '{name}' has dynamic sizes {dims}; give them with --input-shape {name}=1,3,224,224."
             )
         size = [dim if isinstance(dim, int) else 2 for dim in dims]
-        arrays.append(generator.standard_normal(size).astype(np.float32))
+        arrays.append(generator.standard_normal(size).astype(dtype))
     return arrays
 
 
