@@ -26,6 +26,7 @@ from doconv_convert.check.proof import Proof, Status, prove
 from doconv_convert.check.torch_side import torch_side
 from doconv_convert.rewrite.convert import copy_model
 from doconv_convert.rewrite.fold import FoldReport, fold_in_place
+from doconv_convert.rewrite.folding import FOLD_TOLERANCE
 from doconv_convert.rewrite.sites import Options
 
 # Traced at 2 (1 may be baked in) and run at 3, so that a dynamic batch is seen to be one.
@@ -93,9 +94,9 @@ def release(
         if target is not None:
             check_writable(target)
     progress("folding")
-    count = len(recipe_sites(loaded.trained))
+    status = fold_status(loaded.trained)
     folded = fold_in_place(copy_model(loaded.trained), check_first=False)
-    notes = _notes(loaded, folded, count)
+    notes = _notes(loaded, folded)
     if onnx is None or inputs is None:
         if plain is not None:
             save(folded.model, plain, source=loaded.source)
@@ -119,7 +120,6 @@ def release(
         if side is not None and batch != EXPORT_BATCH and not reports[0].dynamic_batch:
             side = torch_side(loaded.trained, folded.model, inputs.arguments(EXPORT_BATCH), EXPORT_BATCH)
         progress("proving")
-        status = fold_status(count)
         proof = prove(candidate, baseline, side, status) if verify else Proof(str(onnx), [status])
         proof.file = str(onnx)
         if not proof.failed:
@@ -129,11 +129,15 @@ def release(
     return Release(folded, reports[0], proof, notes)
 
 
-def fold_status(count: int) -> Status:
-    """The per-site check: `fold` raises where it fails, so having come here is having passed."""
-    if not count:
+def fold_status(trained: nn.Module) -> Status:
+    """The per-site check's status: `fold` raises where it fails, so coming past it is having passed."""
+    sites = recipe_sites(trained)
+    with_d = sum(site.d_mul is not None for site in sites)
+    if not sites:
         return Status("fold", "passed", "nothing to fold: a plain checkpoint")
-    return Status("fold", "passed", f"{count} kernels; kernel and feature composition agree in float64 to 1e-12")
+    others = f" ({len(sites) - with_d} more have no D)" if len(sites) > with_d else ""
+    detail = f"{with_d} kernels{others}; kernel and feature composition agree in float64 to {FOLD_TOLERANCE:.0e}"
+    return Status("fold", "passed", detail)
 
 
 def export_job(
@@ -182,9 +186,9 @@ def _side_by_side(model: nn.Module) -> bool:
     return sum(p.numel() * p.element_size() for p in model.parameters()) < SIDE_BY_SIDE_BYTES
 
 
-def _notes(loaded: Loaded, folded: FoldReport, count: int) -> tuple[str, ...]:
+def _notes(loaded: Loaded, folded: FoldReport) -> tuple[str, ...]:
     notes = list(loaded.checkpoint.notes)
-    if not count:
+    if not recipe_sites(loaded.trained):
         notes.append(f"'{loaded.checkpoint.path}' has no D: a plain checkpoint, nothing to fold")
     notes += [f"'{one.name}' ({one.cls}) was not folded: {one.declined}" for one in folded.foreign if one.declined]
     dtypes = {str(p.dtype).removeprefix("torch.") for p in loaded.trained.parameters()} & {

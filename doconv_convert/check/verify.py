@@ -100,7 +100,7 @@ def _against_torch(candidate: Path, reference: Reference, progress: Callable[[st
         static = not all(isinstance(shape[0], str) for shape in onnx_input_shapes(baseline).values() if shape)
         batch = EXPORT_BATCH if static or inputs.image_list else PROOF_BATCH
         side = torch_side(opened.model, folded, inputs.arguments(batch), batch)
-        return prove(candidate, baseline, side, fold_status(len(report.folded)))
+        return prove(candidate, baseline, side, fold_status(opened.model))
 
 
 def _without_weights(candidate: Path, baseline: Path) -> Proof:

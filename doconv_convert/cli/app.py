@@ -18,6 +18,7 @@ app = typer.Typer(
     help="Train a network with over-parameterized convolutions (DO-Conv), ship exactly the network you drew.",
     epilog="Exit codes: 0 everything asked for succeeded, 1 an error, 2 wrong usage, 3 a check failed.",
     no_args_is_help=True,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
