@@ -1,0 +1,130 @@
+"""Coverage: the predicted movement is the real one, and a kernel that cannot be seen is not counted as seen."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from support import build_model, varied_images
+from support_cli import trained_tiny
+from torch import Tensor, nn
+
+from doconv_convert import fold
+from doconv_convert.check.coverage import RELATIVE_CHANGE, Coverage, perturbation, sensitivity
+from doconv_convert.check.torch_side import torch_side
+
+# Predicted by one random direction against the root mean square of 16 real changes: 0.83 to 1.33 over 20 kernels.
+FACTOR = 2.0
+
+
+def moved(model: nn.Module, inputs: Tensor, kernel: Tensor, seeds: int = 16) -> float:
+    """The root mean square distance that real changes of 1e-3 move the output."""
+    with torch.no_grad():
+        before, plain = kernel.detach().clone(), model(inputs)
+        squares = []
+        for seed in range(seeds):
+            noise = torch.randn(kernel.shape, generator=torch.Generator().manual_seed(100 + seed), dtype=kernel.dtype)
+            kernel.copy_(before * (1 + RELATIVE_CHANGE * noise))
+            squares.append(float((model(inputs) - plain).square().sum()))
+        kernel.copy_(before)
+    return math.sqrt(sum(squares) / seeds)
+
+
+def convolutions(model: nn.Module) -> dict[str, Tensor]:
+    return {name: m.weight for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+
+
+@pytest.mark.parametrize("bound", [1.0, 1e-6])
+def test_the_predicted_movement_is_the_real_one(tmp_path: Path, bound: float) -> None:
+    for model, inputs in (
+        (fold(trained_tiny(tmp_path)), varied_images(8, 2, 6, 6)),
+        (build_model("residual"), varied_images(2, 3, 32, 32)),
+        (build_model("grouped"), varied_images(2, 3, 32, 32)),
+    ):
+        model = model.double().eval()
+        kernels = convolutions(model)
+        reach = sensitivity([model(inputs.double())], [bound], kernels).reach
+        for name, kernel in kernels.items():
+            predicted = reach[name]
+            assert predicted is not None
+            ratio = predicted * bound / moved(model, inputs.double(), kernel)
+            assert 1 / FACTOR < ratio < FACTOR, (name, ratio)
+
+
+class Branches(nn.Module):
+    """A branch that hardly counts, one behind a cut gradient and one for training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main = nn.Conv2d(2, 4, 3)
+        self.faint = nn.Conv2d(2, 4, 3)
+        self.cut = nn.Conv2d(2, 4, 3)
+        self.auxiliary = nn.Conv2d(2, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.main(x) + 1e-9 * self.faint(x) + self.cut(x).detach()
+        return y + self.auxiliary(x) if self.training else y
+
+
+@pytest.fixture
+def branches() -> Branches:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Branches().eval()
+
+
+def test_a_faint_branch_is_blind_though_its_gradient_is_not_zero(branches: Branches) -> None:
+    x = varied_images(3, 2, 8, 8)
+    gradient = torch.autograd.grad(branches(x).sum(), branches.faint.weight)[0]
+    assert gradient.abs().max() > 0
+    coverage = Coverage(torch_side(branches, fold(branches), (x,), 3).reach)
+    assert coverage.seen == ["main", "cut"]
+    assert coverage.blind == ["faint"]
+    assert coverage.unreached == ["auxiliary"]
+
+
+def test_a_kernel_behind_a_cut_gradient_is_found_by_changing_it(branches: Branches) -> None:
+    x = varied_images(3, 2, 8, 8)
+    branches.requires_grad_(True)
+    plain = branches(x)
+    kernels = {"main": branches.main.weight, "cut": branches.cut.weight}
+    reach = sensitivity([plain], [1.0], kernels).reach
+    assert reach["main"] is not None
+    assert reach["cut"] is None
+    before = branches.cut.weight.clone()
+    found = perturbation(lambda: [branches(x)], [plain.detach()], [1.0], branches.cut.weight)
+    assert found == pytest.approx(moved(branches, x, branches.cut.weight), rel=FACTOR - 1)
+    assert torch.equal(branches.cut.weight, before)
+    assert perturbation(lambda: [branches(x)], [plain.detach()], [1.0], branches.auxiliary.weight) is None
+
+
+def test_a_change_of_the_outputs_shape_is_seen() -> None:
+    kernel = torch.ones(1)
+    sizes = iter([torch.zeros(3)])
+    assert perturbation(lambda: [next(sizes)], [torch.zeros(2)], [1.0], kernel) == math.inf
+
+
+def test_the_kernel_comes_back_when_the_run_fails() -> None:
+    kernel = torch.ones(1)
+
+    def fail() -> list[Tensor]:
+        raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        perturbation(fail, [], [], kernel)
+    assert kernel.item() == 1.0
+
+
+def test_outputs_with_no_usable_bound_show_nothing() -> None:
+    kernel = torch.ones(3, requires_grad=True)
+    for bound in (0.0, float("nan")):
+        coverage = sensitivity([kernel * 2], [bound], {"k": kernel})
+        assert coverage.unreached == ["k"]
+
+
+def test_two_outputs_are_not_seen_twice() -> None:
+    """The same output n times must not make a kernel n times as visible."""
+    kernel = torch.linspace(1, 2, 4096, dtype=torch.float64, requires_grad=True)
+    once = sensitivity([kernel * 2], [1.0], {"k": kernel}).reach["k"]
+    often = sensitivity([kernel * 2] * 16, [1.0] * 16, {"k": kernel}).reach["k"]
+    assert once == pytest.approx(often, rel=0.1)
