@@ -17,11 +17,12 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional as F
 
 from doconv_convert.errors import UsageError
@@ -56,6 +57,8 @@ def compose_kernel(weight: Tensor, d: Tensor, weight_extra: Tensor | None = None
         (C_out, C_in/g, *kernel_size) in weight's dtype and memory format. It is computed in float32 or
         better with autocast off and cast once: half precision would lose most small entries of D.
     """
+    if isinstance(d, fx.Proxy):
+        return _as_one_node(compose_kernel, weight, d, weight_extra, groups)
     device = weight.device.type
     # A context manager costs more than a small composition: enter it only where there is something to switch off.
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
@@ -87,6 +90,8 @@ def convolve_features(
     The same linear map as an ordinary convolution with `compose_kernel`'s result, on zero padding; shapes
     as there, x is (B, C_in, *size) or (C_in, *size).
     """
+    if isinstance(d, fx.Proxy):
+        return _as_one_node(convolve_features, x, weight, d, weight_extra, bias, stride, padding, dilation, groups)
     spatial = weight.dim() - 2
     convolve = CONVOLUTIONS[spatial]
     in_channels, _, d_mul = d.shape
@@ -94,6 +99,12 @@ def convolve_features(
     pointwise = full_w(weight, weight_extra).reshape(weight.shape[0], -1, *[1] * spatial)
     features = convolve(x, depthwise, None, stride, padding, dilation, in_channels)
     return convolve(features, pointwise, bias, groups=groups)
+
+
+def _as_one_node(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """What any fx tracer records for a composition: a call of it, with W and D as its inputs."""
+    proxy: Any = next(arg for arg in args if isinstance(arg, fx.Proxy))
+    return proxy.tracer.create_proxy("call_function", function, args, {})  # type: ignore[no-any-return]
 
 
 def full_d(d: Tensor) -> Tensor:

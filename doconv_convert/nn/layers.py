@@ -20,10 +20,6 @@ from doconv_convert.nn.stored import StoredKernel, load_factors, new_factors
 
 COMPOSITIONS = ("kernel", "feature")
 
-# A tracer that starts at a layer itself records one call of these, with W and D as its inputs.
-fx.wrap("compose_kernel")
-fx.wrap("convolve_features")
-
 
 class _DOConv(nn.modules.conv._ConvNd):
     """What the three layers share. Always mixed in before one of torch's own convolution classes."""

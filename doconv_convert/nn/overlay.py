@@ -16,9 +16,6 @@ from torch import Tensor, fx, nn
 from doconv_convert.nn.composition import compose_kernel
 from doconv_convert.nn.stored import StoredKernel, load_factors
 
-# A tracer that walks through a property records one call of compose_kernel, with W and D as its inputs.
-fx.wrap("compose_kernel")
-
 
 def overlay(module: nn.Module, kernels: Sequence[StoredKernel]) -> None:
     """Turn `module`, whose `_parameters` already hold every D, into its own run-time subclass."""
@@ -54,18 +51,27 @@ def read_factors(module: nn.Module, kernel: StoredKernel) -> tuple[Tensor, Tenso
     return weight, d, parameters.get(kernel.extra_name)
 
 
+def _read(module: nn.Module, name: str) -> Any:
+    """A parameter, or what a tracer hands out for it."""
+    # Looked up at each call: torch.fx patches this very method to record reads of parameters.
+    return nn.Module.__getattr__(module, name)
+
+
+def _first_slots(module: nn.Module, kernel: StoredKernel) -> Any:
+    """W's first K slots."""
+    weight = _read(module, kernel.name)
+    if isinstance(weight, fx.Proxy):
+        # A GraphModule copies by attribute access what its graph reads: let it find W, not the composed kernel.
+        owner, _, attribute = str(weight.node.target).rpartition(".")
+        if attribute == kernel.name:  # fx hands out one proxy for every read
+            weight.node.target = f"{owner}.{kernel.slots_name}".lstrip(".")
+    return weight
+
+
 def _kernel_property(kernel: StoredKernel) -> property:
     def composed(module: nn.Module) -> Tensor:
-        # Looked up at each call: torch.fx patches this very method to record reads of parameters.
-        read: Any = nn.Module.__getattr__
-        weight = read(module, kernel.name)
-        if isinstance(weight, fx.Proxy):
-            # A GraphModule copies by attribute access what its graph reads: let it find W, not the composed kernel.
-            owner, _, attribute = str(weight.node.target).rpartition(".")
-            if attribute == kernel.name:  # fx hands out one proxy for every read
-                weight.node.target = f"{owner}.{kernel.slots_name}".lstrip(".")
-        extra = read(module, kernel.extra_name) if kernel.extra_name in module._parameters else None
-        return compose_kernel(weight, read(module, kernel.d_name), extra, kernel.groups)
+        extra = _read(module, kernel.extra_name) if kernel.extra_name in module._parameters else None
+        return compose_kernel(_first_slots(module, kernel), _read(module, kernel.d_name), extra, kernel.groups)
 
     def getter(module: nn.Module) -> Tensor:
         try:
@@ -77,7 +83,7 @@ def _kernel_property(kernel: StoredKernel) -> property:
 
 
 def _slots_property(kernel: StoredKernel) -> property:
-    return property(lambda module: module._parameters[kernel.name])
+    return property(lambda module: _first_slots(module, kernel))
 
 
 @functools.cache

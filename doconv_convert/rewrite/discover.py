@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from doconv_convert.nn.layers import DOCONV_CLASSES
 from doconv_convert.nn.overlay import is_overlaid, stored_kernels
-from doconv_convert.rewrite.graphs import functional_calls, kernel_origin, parameter_read, reads_metadata
+from doconv_convert.rewrite.graphs import functional_calls, kernel_origin, kernel_parameter, parameter_read, reads_metadata
 from doconv_convert.rewrite.measure import Forward, Watched, watch_forward
 from doconv_convert.rewrite.sites import Action, Owner, Reason, Site
 from doconv_convert.rewrite.tracing import Region, find_regions, trace
@@ -144,7 +143,10 @@ def kernel_role(conv: nn.Module) -> tuple[Reason | None, int]:
     if graph is None or not calls:
         return _probe(conv, groups)
     origins = [kernel_origin(graph, call.kernel) for call in calls]
-    return next((origin for origin in origins if isinstance(origin, Reason)), None), calls[0].groups
+    reason = next((origin for origin in origins if isinstance(origin, Reason)), None)
+    if reason is None and not any(origin is conv.weight for origin in origins):
+        reason = Reason.COMPUTED
+    return reason, calls[0].groups or groups
 
 
 def _probe(conv: Any, groups: int) -> tuple[Reason | None, int]:
@@ -167,13 +169,15 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def _read_graph(sites: _Sites, model: nn.Module, region: Region, gm: fx.GraphModule) -> None:
-    for call in functional_calls(gm.graph):
+    for call in sorted(functional_calls(gm.graph), key=lambda call: call.transposed):
         origin = Reason.TRANSPOSED if call.transposed else kernel_origin(gm, call.kernel)
         if isinstance(origin, Reason):
-            if isinstance(parameter := parameter_read(gm, call.kernel), nn.Parameter) and id(parameter) in sites.by_key:
+            if id(kernel_parameter(gm, call.kernel)) in sites.by_key:
                 continue  # a transposed call with the kernel of an ordinary convolution: that one's site
             sites.without_parameter(_caller(model, region, call.node, call.kernel), origin)
-        elif origin is not None:
+        elif origin is None:
+            _already_composed(sites, gm, call.kernel)
+        elif call.groups is not None:
             site = sites.of_parameter(origin)
             site.groups.add(call.groups)
             site.seen_in_graph = True
@@ -185,6 +189,16 @@ def _read_graph(sites: _Sites, model: nn.Module, region: Region, gm: fx.GraphMod
         elif (known := sites.by_key.get(id(parameter_read(gm, node)))) is not None and not region.is_own:
             # In a graph of the user's own the read is rewritten; anywhere else the attribute has to answer.
             known.read_elsewhere |= not all(map(reads_metadata, node.users))
+
+
+def _already_composed(sites: _Sites, gm: fx.GraphModule, composition: fx.Node) -> None:
+    _, d, _, groups = composition.args
+    parameter = kernel_parameter(gm, composition)
+    residual = parameter_read(gm, d) if isinstance(d, fx.Node) else None
+    if parameter is not None and residual is not None and isinstance(groups, int):
+        site = sites.of_parameter(parameter)
+        site.groups.add(groups)
+        site.action, site.d_mul = Action.ALREADY, residual.shape[2]
 
 
 def _caller(model: nn.Module, region: Region, node: fx.Node, kernel: fx.Node) -> Owner:
@@ -207,10 +221,6 @@ def _read_forward(sites: _Sites, forward: Forward, paths: dict[int, str]) -> Non
             parameter = sites.owners[key][0].module._parameters[sites.owners[key][0].kernel]
             if parameter is not None:
                 known.append((sites.of_parameter(parameter), watched))
-    for site in sites.by_key.values():
-        for owner in _unique_modules(site.owners):
-            if owner in forward.by_module and site.action is Action.ALREADY:
-                known.append((site, forward.by_module[owner]))
     for site, watched in known:
         _record(site, watched)
     for key in forward.read_elsewhere & sites.by_key.keys():
@@ -219,10 +229,6 @@ def _read_forward(sites: _Sites, forward: Forward, paths: dict[int, str]) -> Non
         path = paths.get(id(module), "")
         if not any(owner.path == path for site in sites.by_key.values() for owner in site.owners):
             sites.without_parameter(Owner(path, module, "weight"), reason)
-
-
-def _unique_modules(owners: Iterable[Owner]) -> list[int]:
-    return list(dict.fromkeys(id(owner.module) for owner in owners))
 
 
 def _record(site: Site, watched: Watched) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
 from doconv_convert.rewrite.convert import copy_model
-from doconv_convert.rewrite.folding import assign_folded, folded_kernel, layer_factors, restore_layers
 from doconv_convert.rewrite.foreign import Foreign, find_foreign, replace_foreign
-from doconv_convert.rewrite.passes import FoldPass
+from doconv_convert.rewrite.passes import fold_kernels
 
 
 @dataclass
@@ -50,16 +49,8 @@ def fold(
 def fold_in_place(model: nn.Module, *, constant_kernels: bool = False, check_first: bool = True) -> FoldReport:
     """Fold `model` itself. `check_first` composes every kernel once more up front, so that an error leaves the
     model untouched; a caller who throws the model away on an error saves that."""
-    layers = layer_factors(model)
-    if check_first:
-        for factors in layers:
-            folded_kernel(factors)
     foreign = find_foreign(model, constant_kernels)
-    for module in list(model.modules()):
-        if isinstance(module, fx.GraphModule):
-            FoldPass()(module)
-    assign_folded(layer_factors(model))
-    restore_layers(model)
+    folded, _ = fold_kernels(model, check_first)
     replace_foreign(model, foreign)
     root = next((one.conv for one in foreign if one.name == "" and one.conv is not None), model)
-    return FoldReport(root, [factors.name for factors in layers], foreign)
+    return FoldReport(root, folded, foreign)

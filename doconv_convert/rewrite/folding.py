@@ -32,13 +32,21 @@ class Factors:
 
 def layer_factors(model: nn.Module) -> list[Factors]:
     """The factors of every over-parameterized module; a Parameter that several share comes once."""
-    found: dict[int, Factors] = {}
-    for path, module in model.named_modules():
-        for kernel in stored_kernels(module):
-            weight, d, extra = read_factors(module, kernel)
-            name = site_name(path, kernel.name)
-            found.setdefault(id(weight), Factors(name, weight, d, extra, kernel.groups))
-    return list(found.values())
+    return unique(
+        [
+            Factors(site_name(path, kernel.name), *read_factors(module, kernel), kernel.groups)
+            for path, module in model.named_modules()
+            for kernel in stored_kernels(module)
+        ]
+    )
+
+
+def unique(every: Sequence[Factors]) -> list[Factors]:
+    """Without those whose W came before: one Parameter is folded once."""
+    first: dict[int, Factors] = {}
+    for factors in every:
+        first.setdefault(id(factors.weight), factors)
+    return list(first.values())
 
 
 def folded_kernel(factors: Factors) -> Tensor:
@@ -84,8 +92,8 @@ def composition_error(factors: Factors, kernel: Tensor) -> float:
 
 
 def assign_folded(every: Sequence[Factors]) -> None:
-    """Write each folded kernel into its W, cast once; a Parameter that occurs twice is folded once."""
-    for factors in {id(factors.weight): factors for factors in every}.values():
+    """Write each folded kernel into its W, cast once; no W may occur twice (`unique`)."""
+    for factors in every:
         kernel = folded_kernel(factors)
         with torch.no_grad():
             factors.weight.copy_(kernel)

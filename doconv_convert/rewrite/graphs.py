@@ -44,12 +44,13 @@ class Call:
 
     node: fx.Node
     kernel: Any
-    groups: int
+    groups: int | None
     transposed: bool
 
 
-def convolution_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, int, bool] | None:
-    """(kernel, groups, transposed) of a call of any of torch's convolution functions, else None."""
+def convolution_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, int | None, bool] | None:
+    """(kernel, groups, transposed) of a call of any of torch's convolution functions, else None. `groups` is None
+    where a graph computes it."""
     if target in _TRANSPOSED_CALLS:
         position, transposed = 6, True
     elif target in _GROUPS_POSITION:
@@ -59,7 +60,7 @@ def convolution_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         return None
     kernel = args[1] if len(args) > 1 else kwargs.get("weight")
     groups = args[position] if len(args) > position else kwargs.get("groups", 1)
-    return kernel, groups if isinstance(groups, int) else 1, transposed
+    return kernel, groups if isinstance(groups, int) else None, transposed
 
 
 def functional_calls(graph: fx.Graph) -> Iterator[Call]:
@@ -69,6 +70,19 @@ def functional_calls(graph: fx.Graph) -> Iterator[Call]:
             found = convolution_call(node.target, node.args, node.kwargs)
             if found is not None and isinstance(found[0], fx.Node):
                 yield Call(node, *found)
+
+
+def has_unknown_groups(gm: fx.GraphModule) -> bool:
+    """Whether some Parameter is convolved with a group count that only a real forward tells."""
+    return any(
+        call.groups is None and isinstance(kernel_origin(gm, call.kernel), nn.Parameter)
+        for call in functional_calls(gm.graph)
+    )
+
+
+def composition_nodes(gm: fx.GraphModule) -> list[fx.Node]:
+    """Every `compose_kernel` call: its input nodes are W's first slots, D and, where there is one, weight_extra."""
+    return [node for node in gm.graph.nodes if node.op == "call_function" and node.target is compose_kernel]
 
 
 def attribute(module: nn.Module, target: str) -> Any:
@@ -94,6 +108,13 @@ def kernel_origin(gm: fx.GraphModule, kernel: fx.Node) -> nn.Parameter | Reason 
         return Reason.INPUT_DEPENDENT
     learned = any(node.op == "call_module" or parameter_read(gm, node) is not None for node in sources)
     return Reason.COMPUTED if learned else Reason.BLUR_FILTER
+
+
+def kernel_parameter(gm: fx.GraphModule, kernel: fx.Node) -> nn.Parameter | None:
+    """The Parameter that is the kernel, or W's first slots where the kernel is composed."""
+    if kernel.op == "call_function" and kernel.target is compose_kernel and isinstance(kernel.args[0], fx.Node):
+        return parameter_read(gm, kernel.args[0])
+    return parameter_read(gm, kernel)
 
 
 def ancestors(node: fx.Node) -> set[fx.Node]:

@@ -49,8 +49,9 @@ def register_factors(module: nn.Module, kernel: StoredKernel, d: nn.Parameter, e
         module.register_parameter(kernel.extra_name, extra)
 
 
-def install(site: Site, options: Options) -> None:
-    """Make every owner of the site's kernel over-parameterized, in place; once for each is enough."""
+def install(site: Site, options: Options) -> bool:
+    """Make every owner of the site's kernel over-parameterized, in place; whether any was not so already."""
+    changed = False
     for owner in site.owners:
         module, kernel = owner.module, StoredKernel(owner.kernel, site.group_count)
         if type(module) in _PLAIN_OF or kernel in stored_kernels(module):
@@ -62,10 +63,13 @@ def install(site: Site, options: Options) -> None:
             d, extra = factors(site, options) if site.d_mul is not None else (None, None)
             layer.register_parameter("D", d)
             layer.register_parameter("weight_extra", extra)
+            changed = True
         elif site.d_mul is not None and not (is_graph_storage(module) and kernel.d_name in module._parameters):
             register_factors(module, kernel, *factors(site, options))
             if not is_graph_storage(module):
                 overlay(module, [kernel])
+            changed = True
+    return changed
 
 
 def is_over_parameterized(module: nn.Module) -> bool:

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from doconv_convert.rewrite.graphs import convolution_call
+from doconv_convert.nn.overlay import read_factors, stored_kernels
+from doconv_convert.rewrite.graphs import composition_nodes, convolution_call, parameter_read
 from doconv_convert.rewrite.sites import Reason
 from doconv_convert.rewrite.tracing import undisturbed
 
@@ -38,10 +39,9 @@ class Watched:
 
 @dataclass
 class Forward:
-    """What a forward did: per Parameter id, per layer (over-parameterized ones) and kernels of no Parameter."""
+    """What a forward did: per Parameter id (W's where the kernel is composed) and kernels of no Parameter."""
 
     by_parameter: dict[int, Watched] = field(default_factory=dict)
-    by_module: dict[int, Watched] = field(default_factory=dict)
     odd_kernels: list[tuple[nn.Module, Reason, tuple[int, ...]]] = field(default_factory=list)
     read_elsewhere: set[int] = field(default_factory=set)
     entered: set[int] = field(default_factory=set)
@@ -73,6 +73,16 @@ def watch_forward(model: nn.Module, example_inputs: Any) -> Forward:
     return forward
 
 
+def _factors(model: nn.Module) -> Iterator[tuple[Tensor | None, ...]]:
+    """W's first slots, D and weight_extra of every over-parameterized kernel, in layers and in graphs."""
+    for module in model.modules():
+        for kernel in stored_kernels(module):
+            yield read_factors(module, kernel)
+        if isinstance(module, fx.GraphModule):
+            for node in composition_nodes(module):
+                yield tuple(parameter_read(module, read) for read in node.all_input_nodes)
+
+
 @contextmanager
 def _module_stack(model: nn.Module, stack: list[nn.Module], forward: Forward) -> Iterator[None]:
     def enter(module: nn.Module, args: Any) -> None:
@@ -101,12 +111,18 @@ class _Watcher(TorchFunctionMode):
         self.buffers = {id(b) for b in model.buffers()}
         # Tensors whose values come from the inputs: what tells an input-dependent kernel from a computed one.
         self.from_input: Any = WeakIdKeyDictionary()
+        # Tensors on the way from W and D to a composed kernel, with the id of that W.
+        self.composed: Any = WeakIdKeyDictionary()
         for leaf in tree_leaves(example_inputs):
-            self._taint(leaf)
+            self._mark(self.from_input, leaf, True)
+        for weight, *others in _factors(model):
+            for factor in (weight, *others):
+                self._mark(self.composed, factor, id(weight))
 
-    def _taint(self, value: Any) -> None:
+    @staticmethod
+    def _mark(marks: Any, value: Any, mark: Any) -> None:
         if isinstance(value, Tensor):
-            self.from_input[value] = True
+            marks[value] = mark
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -114,11 +130,15 @@ class _Watcher(TorchFunctionMode):
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if any(leaf in self.from_input for leaf in leaves):
             for leaf in tree_leaves(result):
-                self._taint(leaf)
+                self._mark(self.from_input, leaf, True)
         call = convolution_call(func, args, kwargs)
+        composed = next((self.composed[leaf] for leaf in leaves if leaf in self.composed), None)
+        if composed is not None and call is None:
+            for leaf in tree_leaves(result):
+                self._mark(self.composed, leaf, composed)
         kernel = call[0] if call is not None and not call[2] else None
         if call is not None and kernel is not None and isinstance(result, Tensor):
-            self._record(kernel, call[1], result)
+            self._record(kernel, call[1] or 1, result)
         if getattr(func, "__name__", "") not in _NEUTRAL and any(isinstance(r, Tensor) for r in tree_leaves(result)):
             for leaf in leaves:
                 if id(leaf) in self.parameters and leaf is not kernel and not self._is_own(leaf):
@@ -135,8 +155,8 @@ class _Watcher(TorchFunctionMode):
             if not self._is_own(kernel):
                 self.forward.read_elsewhere.add(id(kernel))
             watched = self.forward.by_parameter.setdefault(id(kernel), Watched())
-        elif getattr(current, "stored_kernels", ()):
-            watched = self.forward.by_module.setdefault(id(current), Watched())
+        elif kernel in self.composed and kernel not in self.from_input:
+            watched = self.forward.by_parameter.setdefault(self.composed[kernel], Watched())
         else:
             self.forward.odd_kernels.append((current, self._reason(kernel), tuple(kernel.shape)))
             return

@@ -17,8 +17,9 @@ from doconv_convert.rewrite.folding import (
     folded_kernel,
     layer_factors,
     restore_layers,
+    unique,
 )
-from doconv_convert.rewrite.graphs import parameter_read
+from doconv_convert.rewrite.graphs import composition_nodes, parameter_read
 from doconv_convert.rewrite.install import (
     factors,
     install,
@@ -26,7 +27,7 @@ from doconv_convert.rewrite.install import (
     refuse_name_clashes,
     register_factors,
 )
-from doconv_convert.rewrite.sites import Action, Options, Site, decide
+from doconv_convert.rewrite.sites import Action, Options, Site, decide, site_name
 
 
 class ToDOConvPass(PassBase):
@@ -67,12 +68,9 @@ class ToDOConvPass(PassBase):
         planned = [site for site in discovery.sites if site.action is Action.CONVERT]
         for site in planned:
             refuse_name_clashes(site)
-        for region in discovery.regions:
-            for graph in region.graphs:
-                self._rewrite(graph, planned)
-        for site in planned:
-            install(site, self.options)
-        return PassResult(graph_module, bool(planned))
+        rewritten = [self._rewrite(graph, planned) for region in discovery.regions for graph in region.graphs]
+        installed = [install(site, self.options) for site in planned]
+        return PassResult(graph_module, any(rewritten + installed))
 
     def _rewrite(self, gm: fx.GraphModule, sites: Sequence[Site]) -> bool:
         by_parameter = {id(s.parameter): s for s in sites if s.action is Action.CONVERT and s.parameter is not None}
@@ -85,24 +83,26 @@ class ToDOConvPass(PassBase):
             if parameter is None or site is None:
                 continue
             if node.op == "call_module":
-                install(site, self.options)
+                modified |= install(site, self.options)
             elif site.d_mul is not None:
-                _insert_composition(gm, node, site, self.options)
-            site.rewritten = modified = True
-        gm.graph.lint()
-        gm.recompile()
+                modified |= _insert_composition(gm, node, site, self.options)
+            site.rewritten = True
+        if modified:
+            gm.graph.lint()
+            gm.recompile()
         return modified
 
 
-def _insert_composition(gm: fx.GraphModule, read: fx.Node, site: Site, options: Options) -> None:
+def _insert_composition(gm: fx.GraphModule, read: fx.Node, site: Site, options: Options) -> bool:
+    """Compose between a Parameter and its readers; whether that changed anything."""
     path, _, name = str(read.target).rpartition(".")
     owner = gm.get_submodule(path)
     if any(user.target is compose_kernel for user in read.users):
-        return
+        return False
     if not is_graph_storage(owner):
-        install(site, options)
+        changed = install(site, options)
         if not isinstance(getattr(owner, name), nn.Parameter):
-            return  # the attribute itself composes now
+            return changed  # the attribute itself composes now
     kernel = StoredKernel(name, site.group_count)
     d, extra = factors(site, options)
     if kernel.d_name not in owner._parameters:
@@ -120,6 +120,7 @@ def _insert_composition(gm: fx.GraphModule, read: fx.Node, site: Site, options: 
         composed = gm.graph.call_function(compose_kernel, (read, d_node, extra_node, kernel.groups))
     for reader in readers:
         reader.replace_input_with(read, composed)
+    return True
 
 
 class FoldPass(PassBase):
@@ -134,25 +135,29 @@ class FoldPass(PassBase):
 
         Raises DoconvError, before the first change, for a kernel that is not finite.
         """
-        graphs = [(path, m) for path, m in graph_module.named_modules() if isinstance(m, fx.GraphModule)]
-        compositions = [_Composition(gm, path, node) for path, gm in graphs for node in _composition_nodes(gm)]
-        layers = layer_factors(graph_module)
-        every = [*layers, *(composition.factors for composition in compositions)]
+        return PassResult(graph_module, fold_kernels(graph_module)[1])
+
+
+def fold_kernels(model: nn.Module, check_first: bool = True) -> tuple[list[str], bool]:
+    """Fold every over-parameterized kernel of `model`, in layers and in graphs: (their names, whether anything
+    changed). All at once, since a layer and a graph may share a Parameter, and W must be folded a single time.
+
+    `check_first` composes every kernel once more up front, so that an error leaves the model untouched.
+    """
+    graphs = [(path, m) for path, m in model.named_modules() if isinstance(m, fx.GraphModule)]
+    compositions = [_Composition(gm, path, node) for path, gm in graphs for node in composition_nodes(gm)]
+    every = unique([*layer_factors(model), *(composition.factors for composition in compositions)])
+    if check_first:
         for one in every:
             folded_kernel(one)
-        assign_folded(every)
-        for composition in compositions:
-            composition.remove()
-        for _, gm in graphs:
-            gm.graph.eliminate_dead_code()
-            gm.graph.lint()
-            gm.recompile()
-        modified = bool(compositions) or restore_layers(graph_module)
-        return PassResult(graph_module, modified)
-
-
-def _composition_nodes(gm: fx.GraphModule) -> list[fx.Node]:
-    return [node for node in gm.graph.nodes if node.op == "call_function" and node.target is compose_kernel]
+    assign_folded(every)
+    for composition in compositions:
+        composition.remove()
+    restored = restore_layers(model)
+    for gm in dict.fromkeys(composition.gm for composition in compositions):
+        gm.graph.lint()
+        gm.recompile()
+    return [one.name for one in every], restored or bool(compositions)
 
 
 class _Composition:
@@ -165,7 +170,8 @@ class _Composition:
         tensors = [tensor for read in self.reads if (tensor := parameter_read(gm, read)) is not None]
         if len(tensors) < 2 or len(tensors) < len(self.reads) or not isinstance(groups, int):
             raise DoconvError(f"'{node.name}': a compose_kernel call must read Parameters of the graph module itself.")
-        name = f"{path}.{self.reads[0].target}".lstrip(".")
+        owner, _, kernel = f"{path}.{self.reads[0].target}".lstrip(".").rpartition(".")
+        name = site_name(owner, kernel.removesuffix(SLOTS_SUFFIX))
         self.factors = Factors(name, tensors[0], tensors[1], (*tensors, None)[2], groups)
 
     def remove(self) -> None:
@@ -176,7 +182,9 @@ class _Composition:
             owner._parameters.pop(str(read.target).rpartition(".")[2], None)
         plain_name = name.removesuffix(SLOTS_SUFFIX)
         if plain_name != name:
-            owner._parameters[plain_name] = owner._parameters.pop(name, None)
+            renamed = [(plain_name if key == name else key, value) for key, value in owner._parameters.items()]
+            owner._parameters.clear()
+            owner._parameters.update(renamed)
             weight.target = f"{path}.{plain_name}".lstrip(".")
         self.node.replace_all_uses_with(weight)
         self.gm.graph.erase_node(self.node)

@@ -14,6 +14,8 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
+from doconv_convert.rewrite.graphs import has_unknown_groups
+
 
 class SiteTracer(fx.Tracer):
     """Stops at convolution layers of any class and at GraphModules, which are regions of their own."""
@@ -54,6 +56,8 @@ def _enter(module: nn.Module, path: str, regions: Regions, visited: set[int]) ->
     visited.add(id(module))
     if isinstance(module, fx.GraphModule):
         regions.traced.append(Region(path, [module], is_own=True))  # its children may be opaque modules: entered below
+        if has_unknown_groups(module):
+            regions.untraced.append(path)
     elif not _has_own_forward(module):
         pass
     else:
@@ -87,7 +91,8 @@ def trace(module: nn.Module, training: bool) -> fx.GraphModule | None:
         try:
             graph = tracer.trace(module)
             graph.lint()
-            return fx.GraphModule(tracer.root, graph)
+            traced = fx.GraphModule(tracer.root, graph)
+            return None if has_unknown_groups(traced) else traced
         except Exception:  # a user's forward may raise anything on a proxy; the caller enters the children instead
             return None
 

@@ -46,7 +46,7 @@ class Case:
     def layer(self, **options: Any) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            layer = CLASSES[len(self.kernel)](
+            return CLASSES[len(self.kernel)](
                 self.channels,
                 self.channels * self.multiplier,
                 self.kernel,
@@ -60,7 +60,6 @@ class Case:
                 d_mul=self.d_mul,
                 **options,
             )
-        return layer  # type: ignore[no-any-return]
 
     def image(self) -> Tensor:
         size = [(k - 1) * self.dilation + 4 for k in self.kernel]
@@ -172,7 +171,7 @@ def test_gradcheck(groups: int, multiplier: int, composition: str) -> None:
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     spatial = draw(st.sampled_from([1, 2, 2, 2, 3]))
-    kernel = tuple(draw(st.integers(1, 3)) for _ in range(spatial - 1)) + (draw(st.integers(2, 4)),)
+    kernel = (*(draw(st.integers(1, 3)) for _ in range(spatial - 1)), draw(st.integers(2, 4)))
     channels = draw(st.sampled_from([1, 2, 4, 6]))
     groups = draw(st.sampled_from([g for g in (1, 2, 3, 6) if channels % g == 0]))
     dilation = draw(st.integers(1, 2))

@@ -157,7 +157,8 @@ def test_channels_last_and_train_mode_survive() -> None:
     original = build_model("torchvision:mobilenet_v2").to(memory_format=torch.channels_last).train()
     converted = to_doconv(original)
     assert all(module.training for module in converted.modules())
-    for x in (images("torchvision:mobilenet_v2"), images("torchvision:mobilenet_v2").to(memory_format=torch.channels_last)):
+    nchw = images("torchvision:mobilenet_v2")
+    for x in (nchw, nchw.to(memory_format=torch.channels_last)):
         assert equal(run(converted, x), run(original, x))
     folded = fold(converted)
     strides = {name: p.stride() for name, p in original.named_parameters()}
