@@ -39,10 +39,22 @@ class Inputs:
         """Whether the model takes one list of images (torchvision's detectors)."""
         return any(not spec.batched for spec in self.specs)
 
+    @property
+    def export_batch(self) -> int:
+        """Traced at 2, since 1 may be baked in; a detector takes its one image."""
+        return 1 if self.image_list else 2
+
+    @property
+    def proof_batch(self) -> int:
+        """Another batch than the traced one, so that a dynamic batch is seen to be one."""
+        return 1 if self.image_list else 3
+
     def tensors(self, batch: int) -> tuple[Tensor, ...]:
-        """One tensor an input; the user's own samples are filled up to the batch (`varied`)."""
+        """One tensor an input (a detector: one an image); the user's own samples are filled up to the batch
+        (`varied`)."""
         if self.own is None:
-            return example_inputs(self.specs, batch, seed=0)
+            specs = [*self.specs] * batch if self.image_list else self.specs
+            return example_inputs(specs, batch, seed=0)
         return tuple(torch.from_numpy(varied(t.numpy(), batch)) for t in self.own)
 
     def arguments(self, batch: int, like: nn.Module | None = None) -> tuple[Any, ...]:

@@ -28,7 +28,7 @@ _OFF = 1e-3
 
 
 def make_lively(model: nn.Module, inputs: Any, seed: int = 0) -> None:
-    """Randomise a converted `model` in place and calibrate it on `inputs` (a varied batch of 3 or more).
+    """Randomise a converted `model` in place, calibrated on `inputs` (a varied batch of 3 or more).
 
     D ~ N(0, 1/K) and weight_extra are drawn anew, batch norms get affine parameters and calibrated statistics
     jittered by 5 %, zero or switched-off parameters get values. The global random state is not touched.

@@ -19,10 +19,11 @@ from doconv_convert.artifacts.export_child import ExportJob, export_in_child
 from doconv_convert.artifacts.models import Inputs, Opened, find_inputs
 from doconv_convert.artifacts.sources import Source, build, parse_source
 from doconv_convert.artifacts.zoos import model_names
+from doconv_convert.check.detectors import draw_heads, rehearsal_source
 from doconv_convert.check.exact import output_tensors, run_float64
 from doconv_convert.check.lively import make_lively, require_lively
 from doconv_convert.check.proof import Proof
-from doconv_convert.check.release import EXPORT_BATCH, Loaded, load_trained, release, write_inputs
+from doconv_convert.check.release import Loaded, load_trained, release, write_inputs
 from doconv_convert.check.start import require_same_start
 from doconv_convert.errors import DoconvError, UsageError
 from doconv_convert.nn.overlay import stored_kernels
@@ -142,9 +143,12 @@ def _run(
         source = parse_source(text, model_args)
         original = build(source, seed=seed).eval()
         inputs = find_inputs(Opened(original, source), input_shapes, None)
+        if inputs is not None and inputs.image_list:
+            source = rehearsal_source(source)
+            original = build(source, seed=seed).eval()
         if inputs is None:
             raise UsageError(f"'{text}': its input is not known; give it with --input-shape 1,3,224,224.")
-    example = inputs.arguments(EXPORT_BATCH)
+    example = inputs.arguments(inputs.export_batch)
     with _step(rehearsal, "plan") as told:
         planned: Plan = plan(original, example)
         rehearsal.counts = planned.counts()
@@ -153,11 +157,12 @@ def _run(
         model = to_doconv(original, example_inputs=example, seed=seed)
         require_same_start(original, model, example)
         told("computes the same bits")
-    batch = LIVELY_BATCH if not inputs.image_list else EXPORT_BATCH
     with _step(rehearsal, "lively") as told:
-        arguments = inputs.arguments(batch)
+        arguments = inputs.arguments(LIVELY_BATCH)
         make_lively(model, arguments, seed)
-        spread = float("nan") if inputs.image_list else require_lively(model, arguments, batch)
+        if inputs.image_list:
+            draw_heads(model, arguments, torch.Generator().manual_seed(seed))
+        spread = float("nan") if inputs.image_list else require_lively(model, arguments, LIVELY_BATCH)
         moved = _movement(model, example)
         rehearsal.figures |= {"spread": spread, "moved": moved}
         if planned.added_parameters and not moved >= MOVED:
@@ -244,7 +249,7 @@ def _verdict(proof: Proof | None) -> str:
 def _export_error(source: Source, original: nn.Module, inputs: Inputs, folder: Path) -> str | None:
     """Why the untouched original cannot be exported either; None where it can."""
     save(original, folder / "original.safetensors")
-    write_inputs(folder / "inputs.npz", inputs.tensors(EXPORT_BATCH))
+    write_inputs(folder / "inputs.npz", inputs.tensors(inputs.export_batch))
     job = ExportJob(
         source,
         folder / "original.safetensors",

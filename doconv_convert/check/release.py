@@ -29,8 +29,6 @@ from doconv_convert.rewrite.fold import FoldReport, fold_in_place
 from doconv_convert.rewrite.folding import FOLD_TOLERANCE
 from doconv_convert.rewrite.sites import Options
 
-# Traced at 2 (1 may be baked in) and run at 3, so that a dynamic batch is seen to be one.
-EXPORT_BATCH, PROOF_BATCH = 2, 3
 SIDE_BY_SIDE_BYTES = 2**30
 
 
@@ -106,19 +104,20 @@ def release(
         save(folded.model, state, source=loaded.source)
         candidate, baseline = workspace / onnx.name, workspace / f"baseline-{onnx.name}"
         sample = workspace / "inputs.npz"
-        write_inputs(sample, inputs.tensors(EXPORT_BATCH))
+        write_inputs(sample, inputs.tensors(inputs.export_batch))
         flags = flags or Flags()
         jobs = [export_job(loaded.source, state, sample, candidate, flags, inputs, loaded)]
         if verify:
             jobs.append(export_job(loaded.source, state, sample, baseline, flags, inputs))
         progress("exporting")
-        batch = PROOF_BATCH if flags.dynamic_batch and not inputs.image_list else EXPORT_BATCH
+        batch = inputs.proof_batch if flags.dynamic_batch else inputs.export_batch
         with ThreadPoolExecutor(1) as background:
             exports = background.submit(export_in_child, jobs, parallel=_side_by_side(loaded.trained))
             side = torch_side(loaded.trained, folded.model, inputs.arguments(batch), batch) if verify else None
             reports = exports.result()
-        if side is not None and batch != EXPORT_BATCH and not reports[0].dynamic_batch:
-            side = torch_side(loaded.trained, folded.model, inputs.arguments(EXPORT_BATCH), EXPORT_BATCH)
+        if side is not None and batch != inputs.export_batch and not reports[0].dynamic_batch:
+            batch = inputs.export_batch
+            side = torch_side(loaded.trained, folded.model, inputs.arguments(batch), batch)
         progress("proving")
         proof = prove(candidate, baseline, side, status) if verify else Proof(str(onnx), [status])
         proof.file = str(onnx)

@@ -43,7 +43,7 @@ def torch_side(trained: nn.Module, folded: nn.Module, inputs: Any, samples: int)
 
     reach = dict(sensitivity([plain[index] for index in bounds], list(bounds.values()), kernels).reach)
     for name, kernel in kernels.items():
-        if reach[name] is None:  # a gradient that is cut shows nothing about the kernel
+        if not reach[name]:  # a gradient that is cut shows nothing about the kernel
             reach[name] = perturbation(compared, [plain[index] for index in bounds], list(bounds.values()), kernel)
     arrays = [leaf.numpy() for leaf in tree_leaves(narrow) if isinstance(leaf, Tensor)]
     return TorchSide(arrays, [t.numpy() for t in truth], [p.detach().numpy() for p in plain], samples, reach)

@@ -72,7 +72,7 @@ def count_source(text: str, model_args: Mapping[str, Any], input_shapes: Sequenc
 def _against_torch(candidate: Path, reference: Reference, progress: Callable[[str], None]) -> Proof:
     from doconv_convert.artifacts.models import Opened, find_inputs, is_checkpoint, open_model
     from doconv_convert.artifacts.sources import parse_source
-    from doconv_convert.check.release import EXPORT_BATCH, PROOF_BATCH, fold_status, load_trained
+    from doconv_convert.check.release import fold_status, load_trained
     from doconv_convert.check.torch_side import torch_side
     from doconv_convert.rewrite.convert import copy_model
     from doconv_convert.rewrite.fold import fold_in_place
@@ -98,7 +98,7 @@ def _against_torch(candidate: Path, reference: Reference, progress: Callable[[st
             return _without_weights(candidate, baseline)
         progress("running both")
         static = not all(isinstance(shape[0], str) for shape in onnx_input_shapes(baseline).values() if shape)
-        batch = EXPORT_BATCH if static or inputs.image_list else PROOF_BATCH
+        batch = inputs.export_batch if static else inputs.proof_batch
         side = torch_side(opened.model, folded, inputs.arguments(batch), batch)
         return prove(candidate, baseline, side, fold_status(opened.model))
 
@@ -115,11 +115,11 @@ def _without_weights(candidate: Path, baseline: Path) -> Proof:
 def _export_baseline(folder: Path, source: Source, folded: Any, inputs: Inputs, reference: Reference) -> Path:
     from doconv_convert.artifacts.checkpoint import save
     from doconv_convert.artifacts.export_child import export_in_child
-    from doconv_convert.check.release import EXPORT_BATCH, Flags, export_job, write_inputs
+    from doconv_convert.check.release import Flags, export_job, write_inputs
 
     state, sample, baseline = folder / "plain.safetensors", folder / "inputs.npz", folder / "baseline.onnx"
     save(folded, state)
-    write_inputs(sample, inputs.tensors(EXPORT_BATCH))
+    write_inputs(sample, inputs.tensors(inputs.export_batch))
     flags = Flags(
         reference.opset,
         reference.input_names,
