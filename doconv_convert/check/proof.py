@@ -85,7 +85,7 @@ def check_graph(baseline: Path, candidate: Path, *, values: bool = True) -> Stat
 
 
 def check_macs(baseline: Path | MacCount, candidate: Path) -> tuple[Status, MacCount]:
-    """MACs as exact integers, per node and in total, at batch 1."""
+    """MACs as exact integers, per node and in total, of one sample (of the whole batch that a static file fixes)."""
     expected = baseline if isinstance(baseline, MacCount) else count_macs(baseline)
     count = count_macs(candidate)
     differences = compare_counts(expected, count)

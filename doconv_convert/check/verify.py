@@ -63,9 +63,12 @@ def count_source(text: str, model_args: Mapping[str, Any], input_shapes: Sequenc
 
     opened = open_model(text, None, model_args, 0)
     inputs = find_inputs(opened, input_shapes, None) or _no_inputs(text)
-    fold_in_place(opened.model, check_first=False)
+    plain = fold_in_place(opened.model, check_first=False).model
     with tempfile.TemporaryDirectory() as folder:
-        baseline = _export_baseline(Path(folder), opened.source, opened.model, inputs, Reference(against=text))
+        baseline = _export_baseline(Path(folder), opened.source, plain, inputs, Reference(against=text))
+        if not (inputs.image_list or _is_dynamic(baseline)):  # its count would be that of the traced batch
+            one = Reference(against=text, dynamic_batch=False)
+            baseline = _export_baseline(Path(folder), opened.source, plain, inputs, one, batch=1)
         return count_macs(baseline)
 
 
@@ -97,8 +100,7 @@ def _against_torch(candidate: Path, reference: Reference, progress: Callable[[st
         if not has_weights:
             return _without_weights(candidate, baseline)
         progress("running both")
-        static = not all(isinstance(shape[0], str) for shape in onnx_input_shapes(baseline).values() if shape)
-        batch = inputs.export_batch if static else inputs.proof_batch
+        batch = inputs.proof_batch if _is_dynamic(baseline) else inputs.export_batch
         side = torch_side(opened.model, folded, inputs.arguments(batch), batch)
         return prove(candidate, baseline, side, fold_status(opened.model))
 
@@ -112,14 +114,20 @@ def _without_weights(candidate: Path, baseline: Path) -> Proof:
     return Proof(str(candidate), [graph, status, outputs], count.total)
 
 
-def _export_baseline(folder: Path, source: Source, folded: Any, inputs: Inputs, reference: Reference) -> Path:
+def _is_dynamic(path: Path) -> bool:
+    return all(isinstance(shape[0], str) for shape in onnx_input_shapes(path).values() if shape)
+
+
+def _export_baseline(
+    folder: Path, source: Source, folded: Any, inputs: Inputs, reference: Reference, batch: int | None = None
+) -> Path:
     from doconv_convert.artifacts.checkpoint import save
     from doconv_convert.artifacts.export_child import export_in_child
     from doconv_convert.check.release import Flags, export_job, write_inputs
 
     state, sample, baseline = folder / "plain.safetensors", folder / "inputs.npz", folder / "baseline.onnx"
     save(folded, state)
-    write_inputs(sample, inputs.tensors(inputs.export_batch))
+    write_inputs(sample, inputs.tensors(batch or inputs.export_batch))
     flags = Flags(
         reference.opset,
         reference.input_names,
