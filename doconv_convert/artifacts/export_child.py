@@ -6,14 +6,17 @@ A fresh interpreter, not a fork: OpenMP's threads do not survive forking.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,19 +59,40 @@ class ExportJob:
     exclude: Sequence[str] = ()
 
 
-def export_in_child(jobs: Sequence[ExportJob], *, parallel: bool = False) -> list[ExportReport]:
-    """Runs each job in its own new process, side by side if `parallel`; the reports come in the jobs' order.
+Child = subprocess.Popen[str]
 
-    Raises what `export_onnx` and `build` raise, and DoconvError where a process dies, with its last words.
+
+@contextmanager
+def waiting_children(count: int) -> Iterator[list[Child]]:
+    """Children that import torch while the caller is still busy; those that get no job are ended."""
+    children = [_start() for _ in range(count)]
+    try:
+        yield children
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.kill()
+            child.communicate()
+
+
+def export_in_child(
+    jobs: Sequence[ExportJob], *, parallel: bool = False, waiting: Sequence[Child] = ()
+) -> list[ExportReport]:
+    """Runs each job in its own process, side by side if `parallel`; the reports come in the jobs' order.
+
+    The `waiting` children take the first jobs, new ones the rest. Raises what `export_onnx` and `build` raise,
+    and DoconvError where a process dies, with its last words.
     """
     with ThreadPoolExecutor(len(jobs) if parallel and jobs else 1) as threads:
-        return list(threads.map(_run, jobs))
+        return list(threads.map(_run, jobs, chain(waiting, repeat(None))))
 
 
 def main() -> None:
     """The child: stdin to stdout. An expected error is an answer too, the rest a traceback on stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what an exporter or a model prints must not get among the answers
+    # This takes seconds, and the job may still be in the making.
+    importlib.import_module("doconv_convert.artifacts.onnx_export")
     try:
         answer: dict[str, Any] = {"report": asdict(_export(_job_from_json(json.load(sys.stdin))))}
     except DoconvError as error:
@@ -77,33 +101,37 @@ def main() -> None:
         json.dump(answer, answers)
 
 
-def _run(job: ExportJob) -> ExportReport:
+def _start() -> Child:
     # the parent's import path and nothing else: a folder `timm` where the user stands must not win
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    process = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-m", "doconv_convert.artifacts.export_child"],
-        input=json.dumps(_job_to_json(job)),
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         encoding="utf-8",
         errors="replace",
         env=os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "PYTHONIOENCODING": "utf-8"},
-        check=False,
     )
-    if process.returncode != 0:
-        raise _death(job, process)
-    answer = json.loads(process.stdout)
+
+
+def _run(job: ExportJob, waiting: Child | None) -> ExportReport:
+    child = waiting or _start()
+    answers, words = child.communicate(json.dumps(_job_to_json(job)))
+    if child.returncode != 0:
+        raise _death(job, child.returncode, words)
+    answer = json.loads(answers)
     if "report" not in answer:
         raise UsageError(answer["usage"]) if "usage" in answer else DoconvError(answer["error"])
     return _report_from_json(answer["report"])
 
 
-def _death(job: ExportJob, process: subprocess.CompletedProcess[str]) -> DoconvError:
-    code = process.returncode
+def _death(job: ExportJob, code: int, said: str) -> DoconvError:
     end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     # the kernel's answer to a machine without free memory
     hint = "; out of memory? use a smaller input, or fewer at a time" if code == -9 else ""
-    words = [line.strip() for line in process.stderr.splitlines() if line.strip()]
+    words = [line.strip() for line in said.splitlines() if line.strip()]
     last = words[-1] if words else "it said nothing"
     return DoconvError(f"the process that exports '{job.source.text}' to '{job.path}' {end}: {last}{hint}")
 

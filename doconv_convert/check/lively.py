@@ -71,8 +71,8 @@ def require_lively(model: nn.Module, inputs: Any, samples: int) -> float:
         spread = sample_spread(output_tensors(run_model(model.eval(), inputs)), samples)
     if not spread > LIVELY:
         raise DoconvError(
-            f"{type(model).__name__}: outputs differ between samples by {spread:.1e} of their scale, expected more than "
-            f"{LIVELY:.0e}; a comparison of such outputs shows nothing."
+            f"{type(model).__name__}: outputs differ between samples by {spread:.1e} of their scale, expected more "
+            f"than {LIVELY:.0e}; a comparison of such outputs shows nothing."
         )
     return spread
 

@@ -15,8 +15,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from doconv_convert.artifacts.checkpoint import Checkpoint, load_into, read_checkpoint, require_finite, save
-from doconv_convert.artifacts.export_child import ExportJob, export_in_child
-from doconv_convert.artifacts.files import check_writable
+from doconv_convert.artifacts.export_child import Child, ExportJob, export_in_child
+from doconv_convert.artifacts.files import atomic_write, check_writable
 from doconv_convert.artifacts.models import Inputs
 from doconv_convert.artifacts.onnx_export import ExportReport
 from doconv_convert.artifacts.onnx_file import install_model
@@ -82,9 +82,11 @@ def release(
     onnx: Path | None = None,
     flags: Flags | None = None,
     verify: bool = True,
+    waiting: Sequence[Child] = (),
     progress: Callable[[str], None] = lambda text: None,
 ) -> Release:
-    """Fold, export and prove; `plain` and `onnx` are written only when no check failed.
+    """Fold, export and prove; `plain` and `onnx` are written only when no check failed. `waiting` children take
+    the exports.
 
     Raises DoconvError: a fold that is not finite, an export that fails, a place that cannot be written.
     """
@@ -112,7 +114,7 @@ def release(
         progress("exporting")
         batch = inputs.proof_batch if flags.dynamic_batch else inputs.export_batch
         with ThreadPoolExecutor(1) as background:
-            exports = background.submit(export_in_child, jobs, parallel=_side_by_side(loaded.trained))
+            exports = background.submit(export_in_child, jobs, parallel=_side_by_side(loaded.trained), waiting=waiting)
             side = torch_side(loaded.trained, folded.model, inputs.arguments(batch), batch) if verify else None
             reports = exports.result()
         if side is not None and batch != inputs.export_batch and not reports[0].dynamic_batch:
@@ -124,7 +126,8 @@ def release(
         if not proof.failed:
             install_model(candidate, onnx)
             if plain is not None:
-                shutil.copyfile(state, plain)
+                with atomic_write(plain) as temporary:
+                    shutil.copyfile(state, temporary)
     return Release(folded, reports[0], proof, notes)
 
 

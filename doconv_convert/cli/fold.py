@@ -39,7 +39,11 @@ def fold(
     debug: o.Debug = False,
 ) -> None:
     """Fold DO-Conv layers into ordinary convolutions; with --onnx export and prove that nothing changed."""
-    with output(as_json, quiet, debug, "loading") as shown:
+    from doconv_convert.artifacts.export_child import waiting_children
+
+    # The exporting processes import torch while this one does too, and folds.
+    children = 0 if onnx is None else 1 if no_verify else 2
+    with output(as_json, quiet, debug, "loading") as shown, waiting_children(children) as waiting:
         if out is None and onnx is None:
             raise UsageError("fold: name what to write: -o plain.safetensors, --onnx out.onnx, or both.")
         from doconv_convert.artifacts.models import Opened, find_inputs
@@ -60,7 +64,16 @@ def fold(
         flags = Flags(
             opset, o.parse_names(input_names), o.parse_names(output_names), not static, o.parse_dynamic(dynamic)
         )
-        made = release(loaded, inputs, plain=out, onnx=onnx, flags=flags, verify=not no_verify, progress=shown.step)
+        made = release(
+            loaded,
+            inputs,
+            plain=out,
+            onnx=onnx,
+            flags=flags,
+            verify=not no_verify,
+            waiting=waiting,
+            progress=shown.step,
+        )
         for note in made.notes:
             shown.say(note)
         proof, export = made.proof, made.export
