@@ -13,7 +13,13 @@ from torch.nn.parameter import UninitializedParameter
 
 from doconv_convert.nn.layers import DOCONV_CLASSES
 from doconv_convert.nn.overlay import is_overlaid, stored_kernels
-from doconv_convert.rewrite.graphs import functional_calls, kernel_origin, kernel_parameter, parameter_read, reads_metadata
+from doconv_convert.rewrite.graphs import (
+    functional_calls,
+    kernel_origin,
+    kernel_parameter,
+    parameter_read,
+    reads_metadata,
+)
 from doconv_convert.rewrite.measure import Forward, Watched, watch_forward
 from doconv_convert.rewrite.sites import Action, Owner, Reason, Site
 from doconv_convert.rewrite.tracing import Region, find_regions, trace
@@ -72,7 +78,8 @@ def discover(model: nn.Module, example_inputs: Any = None) -> Discovery:
     convolutions in forwards that cannot be traced.
     """
     sites = _Sites(model)
-    for path, module in model.named_modules():
+    # Transposed layers last: one that shares the kernel of an ordinary convolution is no site of its own.
+    for path, module in sorted(model.named_modules(), key=lambda item: isinstance(item[1], _ConvTransposeNd)):
         _classify_module(sites, path, module)
     regions = find_regions(model)
     for region in regions.traced:
@@ -100,7 +107,7 @@ def _classify_module(sites: _Sites, path: str, module: nn.Module) -> None:
         elif weight is None:
             sites.without_parameter(Owner(path, module, "weight"), Reason.PARAMETRISED)
         elif isinstance(module, _ConvTransposeNd):
-            if id(weight) not in sites.by_key:  # a kernel shared with an ordinary convolution is that one's site
+            if id(weight) not in sites.by_key:
                 sites.without_parameter(Owner(path, module, "weight"), Reason.TRANSPOSED)
         else:
             reason, groups = kernel_role(module)

@@ -7,6 +7,7 @@ the layer becomes a plain convolution. No key names are guessed.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from doconv_convert.nn.layers import DOCONV_CLASSES
 from doconv_convert.rewrite.graphs import ancestors, attribute, functional_calls, kernel_origin
@@ -108,10 +110,6 @@ def _reason_to_decline(gm: fx.GraphModule, calls: list[fx.Node]) -> str | None:
     output = next(node for node in gm.graph.nodes if node.op == "output")
     if output.args[0] is not calls[0]:
         return "it does more than convolve: its output is not the convolution's"
-    if any(
-        "rand" in str(n.target) or "dropout" in str(n.target) or "bernoulli" in str(n.target) for n in gm.graph.nodes
-    ):
-        return "its kernel is drawn at random"
     return None
 
 
@@ -119,7 +117,7 @@ def _as_convolution(gm: fx.GraphModule, call: fx.Node, module: nn.Module) -> nn.
     arguments: dict[str, Any] = dict(zip(_ARGUMENTS, call.args, strict=False)) | call.kwargs
     source, weight, bias = arguments["input"], arguments["weight"], arguments.get("bias")
     for value, what in ((weight, "kernel"), (bias, "bias")):
-        if isinstance(value, fx.Node) and any(n.op in ("placeholder", "call_module") for n in ancestors(value)):
+        if isinstance(value, fx.Node) and any(n.op == "placeholder" for n in ancestors(value)):
             raise _Declined(f"its {what} depends on the input")
     constants = {k: v for k, v in arguments.items() if k not in ("input", "weight", "bias")}
     if any(isinstance(value, fx.Node) for value in torch.utils._pytree.tree_leaves(constants)):
@@ -195,7 +193,7 @@ def _evaluate(gm: fx.GraphModule, node: Any) -> Tensor:
             return value.double() if value.is_floating_point() else value
         return value
 
-    with torch.no_grad():
+    with torch.no_grad(), _NoChance():
         for step in gm.graph.nodes:
             if step not in needed:
                 continue
@@ -206,10 +204,22 @@ def _evaluate(gm: fx.GraphModule, node: Any) -> Tensor:
                 values[step] = step.target(*args, **kwargs)
             elif step.op == "call_method":
                 values[step] = getattr(args[0], str(step.target))(*args[1:], **kwargs)
+            elif step.op == "call_module":
+                inner = copy.deepcopy(gm.get_submodule(str(step.target)))
+                values[step] = inner.to("cpu", torch.float64).eval()(*args, **kwargs)
             else:
                 raise _Declined(f"its kernel needs '{step.name}', which is no parameter, buffer or constant")
     result: Tensor = values[node]
     return result.double()
+
+
+class _NoChance(TorchDispatchMode):
+    """Declines a kernel as soon as a random operator takes part in it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise _Declined("its kernel is drawn at random")
+        return func(*args, **(kwargs or {}))
 
 
 def _with_metadata(node: fx.Node) -> set[fx.Node]:

@@ -84,6 +84,8 @@ def _has_own_forward(module: nn.Module) -> bool:
 
 def trace(module: nn.Module, training: bool) -> fx.GraphModule | None:
     """One symbolic trace of `module` in the given mode, or None where fx cannot follow it."""
+    if "forward" in module.__dict__:
+        return None  # fx would follow the forward of the class instead
     tracer = SiteTracer()
     with undisturbed(module):
         for child in module.modules():
