@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,7 @@ def find_inputs(opened: Opened, shapes: Sequence[str] | None, file: Path | None)
     """The user's samples or shapes, else what the source tells; None where nothing does. Raises UsageError."""
     if file is not None:
         read = read_samples(file)
-        names = forward_names(opened.model, len(read))
+        names = _argument_names(opened.model, len(read))
         own = [torch.from_numpy(array) for array in in_order(read, names, f"'{file}'")]
         return Inputs([InputSpec(name, tuple(t.shape)) for name, t in zip(names, own, strict=True)], tuple(own))
     if shapes:
@@ -106,4 +107,12 @@ def _in_forward_order(specs: list[InputSpec], model: nn.Module) -> list[InputSpe
     named = {spec.name: spec for spec in specs}
     if "" in named or len(specs) == 1:  # as the user gave them
         return specs
-    return in_order(named, forward_names(model, len(specs)), "--input-shape")
+    return in_order(named, _argument_names(model, len(specs)), "--input-shape")
+
+
+def _argument_names(model: nn.Module, count: int) -> list[str]:
+    """The names of forward's first `count` arguments, or of all where it has fewer."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters):
+        return forward_names(model, count)
+    return forward_names(model, min(count, len(parameters)))
