@@ -98,7 +98,7 @@ def _classify_module(sites: _Sites, path: str, module: nn.Module) -> None:
     cls = type(module)
     if cls in DOCONV_CLASSES.values() or is_overlaid(module):
         _already(sites, path, module)
-    elif cls.__module__.startswith(_QUANTISED) and "Conv" in cls.__name__ and not isinstance(module, nn.Sequential):
+    elif _is_quantised(module):
         sites.without_parameter(Owner(path, module, "weight"), Reason.QUANTISED)
     elif isinstance(module, _ConvNd):
         weight = module._parameters.get("weight")
@@ -116,6 +116,13 @@ def _classify_module(sites: _Sites, path: str, module: nn.Module) -> None:
                 site.groups.add(groups)
             else:
                 site.keep(reason)
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    """Quantised or in quantisation-aware training; a fused float block is a Sequential of ordinary layers."""
+    cls = type(module)
+    ours = cls.__module__.startswith(_QUANTISED) and "Conv" in cls.__name__
+    return ours and (isinstance(module, _ConvNd) or not isinstance(module, nn.Sequential))
 
 
 def _already(sites: _Sites, path: str, module: nn.Module) -> None:

@@ -193,7 +193,7 @@ def _evaluate(gm: fx.GraphModule, node: Any) -> Tensor:
             return value.double() if value.is_floating_point() else value
         return value
 
-    with torch.no_grad(), _NoChance():
+    with torch.no_grad(), _NoChance():  # type: ignore[no-untyped-call]
         for step in gm.graph.nodes:
             if step not in needed:
                 continue
@@ -213,7 +213,7 @@ def _evaluate(gm: fx.GraphModule, node: Any) -> Tensor:
     return result.double()
 
 
-class _NoChance(TorchDispatchMode):
+class _NoChance(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Declines a kernel as soon as a random operator takes part in it."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
