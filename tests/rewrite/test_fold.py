@@ -13,7 +13,7 @@ from doconv_convert.nn.layers import fold_kernel
 from doconv_convert.rewrite import folding
 from doconv_convert.rewrite.folding import FOLD_TOLERANCE, composition_error, folded_kernel, layer_factors
 
-# Over the sample models with random factors: the largest seen was 5e-16.
+# Over the sample models with random factors: the largest seen was 1.2e-15.
 SEEN = 5e-15
 
 
