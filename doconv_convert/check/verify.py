@@ -58,11 +58,13 @@ def verify_file(candidate: Path, reference: Reference, progress: Callable[[str],
 
 def count_source(text: str, model_args: Mapping[str, Any], input_shapes: Sequence[str]) -> MacCount:
     """MACs of one sample of a SOURCE's plain network, counted on its ONNX export."""
-    from doconv_convert.artifacts.models import find_inputs, open_model
+    from doconv_convert.artifacts.models import find_inputs, is_checkpoint, open_model
     from doconv_convert.rewrite.fold import fold_in_place
 
     opened = open_model(text, None, model_args, 0)
     inputs = find_inputs(opened, input_shapes, None) or _no_inputs(text)
+    if not is_checkpoint(text):
+        _use_every_parameter(opened.model, inputs)
     plain = fold_in_place(opened.model, check_first=False).model
     with tempfile.TemporaryDirectory() as folder:
         baseline = _export_baseline(Path(folder), opened.source, plain, inputs, Reference(against=text))
@@ -91,6 +93,8 @@ def _against_torch(candidate: Path, reference: Reference, progress: Callable[[st
         opened = open_model(reference.against, reference.weights, reference.model_args, 0)
         has_weights = reference.weights is not None
     inputs = find_inputs(opened, reference.input_shapes, reference.input_file) or _no_inputs(reference.against)
+    if not has_weights:
+        _use_every_parameter(opened.model, inputs)
     progress("folding")
     report = fold_in_place(copy_model(opened.model), check_first=False)
     folded = report.model.eval()
@@ -103,6 +107,16 @@ def _against_torch(candidate: Path, reference: Reference, progress: Callable[[st
         batch = inputs.proof_batch if _is_dynamic(baseline) else inputs.export_batch
         side = torch_side(opened.model, folded, inputs.arguments(batch), batch)
         return prove(candidate, baseline, side, fold_status(opened.model))
+
+
+def _use_every_parameter(model: Any, inputs: Inputs) -> None:
+    """Values as after a training: of fresh ones the exporter drops zero biases and merges equal weights."""
+    from doconv_convert.check.lively import make_lively
+    from doconv_convert.check.start import run_in_eval
+
+    arguments = inputs.arguments(inputs.proof_batch, like=model)
+    run_in_eval(model, arguments)  # wrong inputs are refused here, in words
+    make_lively(model, arguments)
 
 
 def _without_weights(candidate: Path, baseline: Path) -> Proof:

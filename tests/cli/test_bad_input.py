@@ -183,6 +183,11 @@ CASES: dict[str, Case] = {
         2, fold("a.pth", "--input", "{files}/two.npz"), ["got 2 inputs", "expected 1 (image)"], write_samples
     ),
     "no samples": Case(1, fold("a.pth", "--input", "{files}/text.npy"), ["text.npy", "numpy.save"], write_samples),
+    "the wrong input to flops": Case(
+        2,
+        lambda d: ["flops", f"{d.source}:tiny", "--input-shape", "1,3,6,6"],
+        ["(3, 3, 6, 6)", "Tiny", "--input-shape"],
+    ),
     "bad dynamic": Case(2, fold("a.pth", "--dynamic", "image:height"), ["--dynamic", "image:height", "NAME:AXIS=DIM"]),
     "no output of fold named": Case(
         2, lambda d: ["fold", d.files / "a.pth", "--model", f"{d.source}:tiny"], ["-o", "--onnx"]

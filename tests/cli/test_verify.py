@@ -1,0 +1,210 @@
+"""`verify` and `flops`: an ONNX file against a checkpoint, a source or another file; damage is exit code 3."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from support import build_model, make_lively, sample_source, varied_images
+from support_cli import run_cli, run_python, trained_sample, write_sample
+
+from doconv_convert import fold
+from doconv_convert.artifacts import export_child
+from doconv_convert.artifacts.onnx_export import export_onnx
+
+# Its forward turns the batch into a number of Python's.
+STATIC = """
+import torch
+from torch import nn
+
+INPUT_SHAPE = (1, 2, 4, 4)
+
+
+class Fixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 3)
+
+    def forward(self, x):
+        return self.conv(x) + torch.zeros(int(str(int(x.shape[0]))), 1, 1, 1)
+
+
+def make():
+    return Fixed()
+"""
+
+LEAN = """
+import sys
+from doconv_convert.cli.app import app
+try:
+    app(sys.argv[1:])
+except SystemExit as end:
+    print("code", end.code)
+print("loaded", *sorted({"torch", "torchvision", "onnx", "onnxruntime", "onnxscript", "numpy"} & sys.modules.keys()))
+"""
+
+
+@pytest.fixture(autouse=True)
+def exports_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child of its own costs seconds, and other tests have it."""
+    monkeypatch.setattr(export_child, "_run", lambda job, *_: export_child._export(job))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained checkpoint, its faithful export, and damaged or unfolded ones."""
+    folder = tmp_path_factory.mktemp("verify")
+    write_sample(folder / "a.pth", "residual")
+    trained, x = trained_sample("residual"), varied_images(2, 3, 32, 32)
+    export_onnx(fold(trained), (x,), folder / "good.onnx")
+    export_onnx(trained, (x,), folder / "unfolded.onnx")
+    again = make_lively(build_model("residual"), varied_images(8, 3, 32, 32), seed=7)
+    export_onnx(again, (x,), folder / "other.onnx")
+    export_onnx(build_model("grouped"), (x,), folder / "grouped.onnx")
+    model = onnx.load(folder / "good.onnx")
+    name = [node for node in model.graph.node if node.op_type == "Conv"][2].input[1]
+    tensor = next(one for one in model.graph.initializer if one.name == name)
+    noise = 1 + 1e-3 * np.random.default_rng(0).standard_normal(tuple(tensor.dims))
+    tensor.CopyFrom(numpy_helper.from_array((numpy_helper.to_array(tensor) * noise).astype(np.float32), name))
+    onnx.save(model, folder / "jiggled.onnx")
+    return folder
+
+
+def against_checkpoint(files: Path) -> list[str]:
+    return ["--against", str(files / "a.pth"), "--model", sample_source("residual")]
+
+
+@pytest.mark.parametrize(
+    ("candidate", "failed"),
+    [
+        ("good", set()),
+        ("jiggled", {"graph", "outputs"}),
+        ("unfolded", {"graph"}),
+        ("other", {"graph", "outputs"}),
+    ],
+)
+def test_against_the_checkpoint(files: Path, candidate: str, failed: set[str]) -> None:
+    result = run_cli("verify", files / f"{candidate}.onnx", *against_checkpoint(files), "--json")
+    assert result.exit_code == (3 if failed else 0), result.stderr
+    said = json.loads(result.stdout)
+    assert said["proven"] is not bool(failed)
+    assert {status["name"] for status in said["statuses"] if status["state"] == "failed"} >= failed
+
+
+def test_against_a_source_without_weights_nothing_is_proven(files: Path) -> None:
+    result = run_cli("verify", files / "good.onnx", "--against", sample_source("residual"))
+    assert result.exit_code == 0
+    assert "proven: false" in result.stdout
+    assert "not checked" in result.stdout
+    assert run_cli("verify", files / "unfolded.onnx", "--against", sample_source("residual")).exit_code == 3
+
+
+def test_against_a_source_with_the_trained_weights(files: Path) -> None:
+    options = ["--against", sample_source("residual"), "--weights", str(files / "a.pth")]
+    result = run_cli("verify", files / "good.onnx", *options)
+    assert result.exit_code == 0
+    assert "proven: true" in result.stdout
+    assert run_cli("verify", files / "jiggled.onnx", *options).exit_code == 3
+
+
+@pytest.mark.parametrize(("candidate", "code"), [("good", 0), ("other", 3)])
+def test_two_onnx_files_need_no_torch(files: Path, candidate: str, code: int) -> None:
+    said = run_python(LEAN, "verify", files / f"{candidate}.onnx", "--against", files / "good.onnx")
+    assert f"code {code}\n" in said
+    assert f"proven: {str(code == 0).lower()}" in said
+    assert said.endswith("loaded numpy onnx onnxruntime\n")
+
+
+def test_two_counts_need_no_torch(files: Path) -> None:
+    said = run_python(LEAN, "flops", files / "good.onnx", "--against", files / "other.onnx")
+    assert "code 0\n" in said
+    assert "node by node" in said
+    assert said.endswith("loaded numpy onnx\n")
+    said = run_python(LEAN, "flops", files / "good.onnx", "--against", files / "grouped.onnx")
+    assert "code 3\n" in said
+    assert said.endswith("loaded numpy onnx\n")
+
+
+def test_help_and_the_package_load_nothing_heavy() -> None:
+    for arguments in (["--help"], *([command, "--help"] for command in ("to-doconv", "fold", "verify", "flops"))):
+        assert run_python(LEAN, *arguments).endswith("code 0\nloaded\n")
+    heavy = '{"torch", "onnx", "onnxruntime", "numpy", "typer", "rich"}'
+    code = f"import sys, doconv_convert; dir(doconv_convert); print({heavy} & sys.modules.keys())"
+    assert run_python(code) == "set()\n"
+
+
+def test_every_public_name_can_be_had() -> None:
+    import doconv_convert
+
+    for name in doconv_convert.__all__:
+        assert getattr(doconv_convert, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'absent'"):
+        _ = doconv_convert.absent
+
+
+def test_the_count_of_resnet18_is_the_published_one() -> None:
+    result = run_cli("flops", "torchvision:resnet18")
+    assert result.exit_code == 0
+    assert "torchvision:resnet18: 1.814 GMACs (1,814,073,344 MACs; FLOPs = 2 x MACs)" in result.stdout
+
+
+def test_a_source_that_exports_statically_is_counted_for_one_sample(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(STATIC)
+    result = run_cli("flops", f"{tmp_path}/net.py:make", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["total"] == 2 * 3 * 9 * 4
+
+
+def test_counts_that_differ_are_exit_code_3(files: Path) -> None:
+    assert run_cli("flops", files / "good.onnx", "--against", sample_source("residual")).exit_code == 0
+    result = run_cli("flops", files / "good.onnx", "--against", sample_source("grouped"), "--json")
+    assert result.exit_code == 3
+    said = json.loads(result.stdout)
+    assert said["equal"] is False
+    assert said["differences"]
+    assert said["unit"] == "MACs"
+
+
+def test_json_is_one_document_and_the_rest_goes_to_stderr(files: Path, tmp_path: Path) -> None:
+    commands = {
+        "to-doconv": ["to-doconv", sample_source("residual"), "-o", tmp_path / "a.safetensors"],
+        "to-doconv --dry-run": ["to-doconv", sample_source("residual"), "--dry-run"],
+        "fold": ["fold", files / "a.pth", "--model", sample_source("residual"), "-o", tmp_path / "b.safetensors"],
+        "verify": ["verify", files / "good.onnx", "--against", files / "good.onnx"],
+        "verify, failed": ["verify", files / "good.onnx", "--against", files / "other.onnx"],
+        "flops": ["flops", files / "good.onnx"],
+        "flops, failed": ["flops", files / "good.onnx", "--against", files / "grouped.onnx"],
+    }
+    for name, command in commands.items():
+        text, document = run_cli(*command), run_cli(*command, "--json")
+        assert text.exit_code == document.exit_code == (3 if "failed" in name else 0), name
+        assert isinstance(json.loads(document.stdout), dict), name
+        assert document.stderr.strip(), name
+        assert text.stdout.strip(), name
+        assert text.stderr == "", name
+        for options in (["--quiet"], ["--quiet", "--json"]):
+            quiet = run_cli(*command, *options)
+            assert quiet.exit_code == text.exit_code, name
+            assert quiet.stderr == "", name
+            assert quiet.stdout == (document.stdout if "--json" in options else ""), name
+
+
+@pytest.mark.parametrize(
+    ("code", "arguments"),
+    [
+        (0, ["good.onnx", "--against", "good.onnx"]),
+        (1, ["absent.onnx", "--against", "good.onnx"]),
+        (2, ["good.onnx"]),
+        (3, ["jiggled.onnx", "--against", "other.onnx"]),
+    ],
+)
+def test_exit_codes(files: Path, code: int, arguments: list[str]) -> None:
+    result = run_cli("verify", *(files / word if word.endswith(".onnx") else word for word in arguments))
+    assert result.exit_code == code
+    if code in (1, 2):
+        assert result.stdout == ""
+        assert result.stderr
+        as_json = run_cli("verify", *(files / w if w.endswith(".onnx") else w for w in arguments), "--json")
+        assert as_json.stdout == ""
