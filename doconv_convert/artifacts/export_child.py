@@ -112,7 +112,9 @@ def _start() -> Child:
         text=True,
         encoding="utf-8",
         errors="replace",
-        env=os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "PYTHONIOENCODING": "utf-8"},
+        # An export is Python's work, not OpenMP's: threads of several processes only wait for each other, spinning.
+        env=os.environ
+        | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"},
     )
 
 

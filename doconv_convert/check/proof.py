@@ -5,6 +5,7 @@ A status is passed, failed or not checked; nothing "succeeds with a warning". Im
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -57,7 +58,9 @@ class Proof:
         return next((status.state for status in self.statuses if status.name == name), "not checked")
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "proven": self.proven, "failed": self.failed}
+        """Every figure; NaN and infinity, which JSON does not have, are null."""
+        figures: dict[str, Any] = _without_nan(asdict(self))
+        return {**figures, "proven": self.proven, "failed": self.failed}
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,14 @@ class TorchSide:
     plain: Sequence[Array]
     samples: int
     reach: Mapping[str, float | None]
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_graph(baseline: Path, candidate: Path, *, values: bool = True) -> Status:

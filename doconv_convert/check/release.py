@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from doconv_convert.artifacts.checkpoint import Checkpoint, load_into, read_checkpoint, require_finite, save
@@ -95,13 +96,14 @@ def release(
             check_writable(target)
     progress("folding")
     status = fold_status(loaded.trained)
-    folded = fold_in_place(copy_model(loaded.trained), check_first=False)
+    with _threads_beside(len(waiting)):
+        folded = fold_in_place(copy_model(loaded.trained), check_first=False)
     notes = _notes(loaded, folded)
     if onnx is None or inputs is None:
         if plain is not None:
             save(folded.model, plain, source=loaded.source)
         return Release(folded, None, None, notes)
-    with _workspace(onnx) as workspace:
+    with _workspace(onnx) as workspace, _threads_beside(2 if verify else 1):
         state = workspace / "plain.safetensors"
         save(folded.model, state, source=loaded.source)
         candidate, baseline = workspace / onnx.name, workspace / f"baseline-{onnx.name}"
@@ -182,6 +184,17 @@ def _workspace(target: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _threads_beside(processes: int) -> Iterator[None]:
+    """Leave the exporting processes a core each: OpenMP threads that must wait for a core spin, for seconds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - processes))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _side_by_side(model: nn.Module) -> bool:
