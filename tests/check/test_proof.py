@@ -1,6 +1,7 @@
 """The proof passes what was faithfully folded and exported; each damage fails the checks that are there for it."""
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -185,7 +186,10 @@ def test_every_damage_is_caught_by_each_check_that_can_see_it(
     model = onnx.load(proven.candidate)
     damage(model)
     onnx.save(model, tmp_path / "damaged.onnx")
-    assert failed(proven.prove(tmp_path / "damaged.onnx")) == expected
+    proof = proven.prove(tmp_path / "damaged.onnx")
+    assert failed(proof) == expected
+    # strict JSON, whatever was NaN
+    assert json.loads(json.dumps(proof.to_json(), allow_nan=False))["failed"] is True
 
 
 @pytest.mark.parametrize("index", range(8))
