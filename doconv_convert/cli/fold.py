@@ -46,6 +46,8 @@ def fold(
     with output(as_json, quiet, debug, "loading") as shown, waiting_children(children) as waiting:
         if out is None and onnx is None:
             raise UsageError("fold: name what to write: -o plain.safetensors, --onnx out.onnx, or both.")
+        if out == onnx:
+            raise UsageError(f"fold: -o and --onnx both name '{out}', expected two files.")
         from doconv_convert.artifacts.models import Opened, find_inputs
         from doconv_convert.artifacts.sources import parse_source
         from doconv_convert.check.release import Flags, load_trained, release

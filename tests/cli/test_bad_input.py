@@ -192,6 +192,7 @@ CASES: dict[str, Case] = {
     "no output of fold named": Case(
         2, lambda d: ["fold", d.files / "a.pth", "--model", f"{d.source}:tiny"], ["-o", "--onnx"]
     ),
+    "one place for two outputs": Case(2, fold("a.pth", "-o", "m.onnx", "--onnx", "m.onnx"), ["'m.onnx'", "two files"]),
     "no candidate": Case(
         1, lambda d: ["verify", d.out / "absent.onnx", "--against", d.onnx], ["absent.onnx", "expected an ONNX"]
     ),
