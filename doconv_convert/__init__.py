@@ -25,6 +25,8 @@ _HOMES = {
     "DOConv3d": "nn.layers",
     "kernel_macs": "nn.composition",
     "feature_macs": "nn.composition",
+    "cached": "nn.cached",
+    "param_groups": "nn.param_groups",
     "ToDOConvPass": "rewrite.passes",
     "FoldPass": "rewrite.passes",
     "plan": "rewrite.plan",
@@ -51,11 +53,13 @@ if TYPE_CHECKING:
     from doconv_convert.check.verify import verify as verify
     from doconv_convert.errors import DoconvError as DoconvError
     from doconv_convert.errors import UsageError as UsageError
+    from doconv_convert.nn.cached import cached as cached
     from doconv_convert.nn.composition import feature_macs as feature_macs
     from doconv_convert.nn.composition import kernel_macs as kernel_macs
     from doconv_convert.nn.layers import DOConv1d as DOConv1d
     from doconv_convert.nn.layers import DOConv2d as DOConv2d
     from doconv_convert.nn.layers import DOConv3d as DOConv3d
+    from doconv_convert.nn.param_groups import param_groups as param_groups
     from doconv_convert.rewrite.convert import to_doconv as to_doconv
     from doconv_convert.rewrite.fold import fold as fold
     from doconv_convert.rewrite.passes import FoldPass as FoldPass

@@ -16,7 +16,7 @@ from doconv_convert.nn.composition import (
     kind_of,
     resolve_d_mul,
 )
-from doconv_convert.nn.stored import StoredKernel, load_factors, new_factors
+from doconv_convert.nn.stored import CachedKernel, StoredKernel, load_factors, new_factors
 
 COMPOSITIONS = ("kernel", "feature")
 
@@ -28,6 +28,7 @@ class _DOConv(nn.modules.conv._ConvNd):
     D: nn.Parameter | None
     weight_extra: nn.Parameter | None
     composition: str
+    _cached_kernels: dict[str, CachedKernel] | None = None
 
     def __init__(
         self,
@@ -150,6 +151,8 @@ class _DOConv(nn.modules.conv._ConvNd):
 
     def effective_kernel(self) -> Tensor:
         """The ordinary kernel this layer convolves with, (C_out, C_in/g, *kernel_size), differentiable."""
+        if self._cached_kernels is not None:
+            return self._cached_kernels["weight"].read()
         if self.D is None:
             return self.weight
         return compose_kernel(self.weight, self.D, self.weight_extra, self.groups)

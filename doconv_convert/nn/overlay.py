@@ -74,6 +74,8 @@ def _kernel_property(kernel: StoredKernel) -> property:
         return compose_kernel(_first_slots(module, kernel), _read(module, kernel.d_name), extra, kernel.groups)
 
     def getter(module: nn.Module) -> Tensor:
+        if module._cached_kernels is not None:
+            return module._cached_kernels[kernel.name].read()  # type: ignore[index,union-attr,no-any-return]
         try:
             return composed(module)
         except AttributeError as error:  # it would make Python fall back to __getattr__: W, uncomposed
@@ -121,6 +123,7 @@ def _overlay_class(base: type[nn.Module], kernels: tuple[StoredKernel, ...]) -> 
         "__reduce_ex__": __reduce_ex__,
         "_load_from_state_dict": _load_from_state_dict,
         "_overlay_base": base,
+        "_cached_kernels": None,
         "stored_kernels": kernels,
         **{kernel.name: _kernel_property(kernel) for kernel in kernels},
         **{kernel.slots_name: _slots_property(kernel) for kernel in kernels},

@@ -40,6 +40,27 @@ class StoredKernel:
         return "weight_extra" if self.name == "weight" else f"{self.name}_extra"
 
 
+class CachedKernel:
+    """A kernel composed once for a `cached` scope. It notes whether a checkpointed forward read it, and whether
+    a backward has reached it since."""
+
+    def __init__(self, kernel: Tensor) -> None:
+        self.kernel = kernel
+        self.checkpointed = self.has_gradient = False
+        if kernel.requires_grad:
+            kernel.register_hook(self._note_gradient)  # type: ignore[no-untyped-call]
+
+    def read(self) -> Tensor:
+        if torch.is_grad_enabled() and not self.checkpointed:
+            # torch's only mark of a non-reentrant checkpointed region is the hooks it puts on saved tensors.
+            hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+            self.checkpointed = hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+        return self.kernel
+
+    def _note_gradient(self, gradient: Tensor) -> None:
+        self.has_gradient = True
+
+
 def new_factors(
     weight: Tensor, groups: int, d_mul: int, seed: int, name: str
 ) -> tuple[nn.Parameter, nn.Parameter | None]:

@@ -1,0 +1,94 @@
+"""`cached(model)`: one explicit scope in which every kernel is composed once.
+
+Modules that run many times in one forward (RetinaNet's heads: 5, RAFT's update block: 12) would compose their
+kernels each time. Inside the scope they read what was composed on entry; outside there is no cache anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from doconv_convert.errors import DoconvError
+from doconv_convert.nn.composition import compose_kernel
+from doconv_convert.nn.overlay import read_factors, stored_kernels
+from doconv_convert.nn.stored import CachedKernel
+
+
+@dataclass
+class _Entry:
+    """One shared kernel of the scope and who reads it."""
+
+    name: str
+    factors: tuple[Tensor, Tensor, Tensor | None, int]
+    cached: CachedKernel
+
+
+@contextmanager
+def cached(model: nn.Module) -> Iterator[None]:
+    """Compose every over-parameterized kernel of `model` once, for all forwards inside the scope.
+
+    Open it around one forward and its backward (`with cached(model): loss = ...; loss.backward()`); the
+    optimizer steps outside. Under `torch.no_grad()` it serves any number of forwards. On exit each kernel is
+    composed again without gradient and compared (`torch.equal`): version counters do not see fused optimizers
+    and writes to `.data`.
+
+    Raises:
+        DoconvError: on entry, for an FSDP2-wrapped model (its parameters are shards) or a scope inside a scope;
+            on exit, where a parameter changed inside, or a checkpointed forward's backward has not run: it
+            would recompute with other kernels.
+    """
+    _refuse(model)
+    entries: dict[int, _Entry] = {}
+    modules: list[nn.Module] = []
+    for path, module in model.named_modules():
+        for kernel in stored_kernels(module):
+            weight, d, extra = read_factors(module, kernel)
+            key = id(weight)
+            if key not in entries:
+                composed = compose_kernel(weight, d, extra, kernel.groups)
+                name = f"{path}.{kernel.name}".lstrip(".")
+                entries[key] = _Entry(name, (weight, d, extra, kernel.groups), CachedKernel(composed))
+            module.__dict__.setdefault("_cached_kernels", {})[kernel.name] = entries[key].cached
+            modules.append(module)
+    try:
+        yield
+        _require_unchanged(entries)
+        _require_backward(entries)
+    finally:
+        for module in modules:
+            module.__dict__.pop("_cached_kernels", None)
+
+
+def _refuse(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        name = path or type(model).__name__
+        if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
+            raise DoconvError(
+                f"'{name}' is wrapped by fully_shard: its parameters are shards; train it without cached()."
+            )
+        if "_cached_kernels" in module.__dict__:
+            raise DoconvError(f"'{name}' is inside a cached() scope already; leave that one first.")
+
+
+def _require_unchanged(entries: dict[int, _Entry]) -> None:
+    with torch.no_grad():
+        changed = [e.name for e in entries.values() if not torch.equal(compose_kernel(*e.factors), e.cached.kernel)]
+    if changed:
+        raise DoconvError(
+            f"{len(changed)} kernels changed inside cached() ('{changed[0]}', ...): outputs after the change used the "
+            "old ones. Step the optimizer after the scope."
+        )
+
+
+def _require_backward(entries: dict[int, _Entry]) -> None:
+    waiting = [e.name for e in entries.values() if e.cached.checkpointed and not e.cached.has_gradient]
+    if waiting:
+        raise DoconvError(
+            f"'{waiting[0]}' ran in a checkpointed forward whose backward has not run inside cached(); the "
+            "recomputation would not find its kernel. Put the backward into the scope."
+        )
