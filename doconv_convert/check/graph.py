@@ -8,33 +8,20 @@ for: equal graphs listed in another order differ. Documentation, producer and me
 Only onnx and numpy are needed; weights in external files are read in pieces.
 """
 
-import os
-import re
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-import numpy as np
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from onnx import AttributeProto, TensorProto, external_data_helper, helper, numpy_helper
+from onnx import AttributeProto, TensorProto, helper
 
+from doconv_convert.check.onnx_model import ModelSource, present, read_model
+from doconv_convert.check.tensors import differing, dtype_text, elements, tensor_text
 from doconv_convert.errors import DoconvError
 
-ModelSource: TypeAlias = onnx.ModelProto | str | os.PathLike[str]
 _Places: TypeAlias = ChainMap[str, "str | TensorProto"]
-
-_CHUNK = 1 << 22
-"""Elements compared at a time: 16 MiB of float32."""
-
-# Operators that hand a constant on in another layout or storage type but compute no new kernel from it.
-_LAYOUT = {"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
-CARRIERS = frozenset({"Cast", "DequantizeLinear", "Identity", "QuantizeLinear", *_LAYOUT})
-_KERNEL_INPUT = {"Conv": 1, "ConvTranspose": 1, "ConvInteger": 1, "DeformConv": 1, "QLinearConv": 3}
-_COMPOSITION_NAME = re.compile(r"(?:.*[./])?(?:D|weight_extra|[^./]*_D|[^./]*_extra)")
 
 
 @dataclass(frozen=True)
@@ -51,23 +38,6 @@ class GraphComparison:
         return not self.differences
 
 
-def read_model(model: ModelSource) -> onnx.ModelProto:
-    """The model itself, or the one in the file at that path with its external data left unread.
-
-    Raises DoconvError if the file cannot be read or is not an ONNX model.
-    """
-    if isinstance(model, onnx.ModelProto):
-        return model
-    path = os.fspath(model)
-    try:
-        loaded = onnx.load(path, format="protobuf", load_external_data=False)
-    except (OSError, DecodeError) as error:
-        raise DoconvError(f"'{path}' cannot be read as an ONNX file ({error}): export it again") from error
-    if not loaded.HasField("graph") or not loaded.opset_import:
-        raise DoconvError(f"'{path}' is not an ONNX model: expected a graph and its opset, got neither")
-    return loaded
-
-
 def compare_graphs(
     baseline: ModelSource, candidate: ModelSource, *, values: bool = True, max_differences: int = 20
 ) -> GraphComparison:
@@ -82,20 +52,6 @@ def compare_graphs(
     rest = len(found) - max_differences
     shown = found if rest <= 0 else [*found[:max_differences], f"and {rest:,} more differences"]
     return GraphComparison(sum(record.is_node for record in a.records), len(a.declared), tuple(shown))
-
-
-def leftover_composition(model: ModelSource) -> list[str]:
-    """A sentence for each thing that a DO-Conv which was not folded leaves in a saved file; empty if none.
-
-    These are initializers and nodes named like D or weight_extra, and convolutions whose kernel the graph
-    computes from constants. (A kernel computed from the network's input is none of these; weight norm left
-    in place is one, so read the list beside the original's.) Raises DoconvError if the file is not ONNX.
-    """
-    proto = read_model(model)
-    found = list(_leftovers(proto.graph.node, proto.graph.initializer, {}))
-    for function in proto.functions:
-        found += _leftovers(function.node, (), {})
-    return found
 
 
 @dataclass(frozen=True)
@@ -165,7 +121,7 @@ class _Listing:
         for index, node in enumerate(nodes):
             where = f"{prefix}node {index}"
             operator = f"{node.domain}.{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type
-            inputs, outputs = _present(node.input), _present(node.output)
+            inputs, outputs = present(node.input), present(node.output)
             facts = {"number of inputs": str(len(inputs)), "number of outputs": str(len(outputs))}
             facts.update((f"input {i}", self.place(name, places)) for i, name in enumerate(inputs))
             known = {i: types[name] for i, name in enumerate(outputs) if name in types}
@@ -231,7 +187,7 @@ def _compare_initializers(a: _Listing, b: _Listing, values: bool) -> Iterator[st
             yield f"number of {what}s: expected {len(of_a):,} got {len(of_b):,} (the last one is '{last}')"
             continue  # by rank, everything after the first one that is missing would differ
         for rank, (x, y) in enumerate(zip(of_a, of_b, strict=True)):
-            name = f"{what} {rank} ('{x.name}', {_tensor_text(x)})"
+            name = f"{what} {rank} ('{x.name}', {tensor_text(x)})"
             yield from _compare_tensor(name, x, y, a.folder, b.folder, values=values)
 
 
@@ -244,53 +200,10 @@ def _compare_tensor(
     *,
     values: bool = True,
 ) -> Iterator[str]:
-    if _tensor_text(x) != _tensor_text(y):
-        yield f"{what}: expected {_tensor_text(x)} got {_tensor_text(y)}"
+    if tensor_text(x) != tensor_text(y):
+        yield f"{what}: expected {tensor_text(x)} got {tensor_text(y)}"
     elif values:
-        yield from (f"{what}: {text}" for text in _differing(_elements(x, folder_x), _elements(y, folder_y)))
-
-
-def _differing(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> Iterator[str]:
-    """How many elements of two flat arrays of one type differ in their bits, and by how much at most."""
-    count, largest = 0, 0.0
-    for start in range(0, a.size, _CHUNK):
-        x, y = (np.ascontiguousarray(array[start : start + _CHUNK]) for array in (a, b))
-        if a.dtype == object:
-            count += int((x != y).sum())
-            continue
-        bits_x, bits_y = (array.view(np.uint8).reshape(array.size, -1) for array in (x, y))
-        if np.array_equal(bits_x, bits_y):
-            continue
-        differs = (bits_x != bits_y).any(axis=1)
-        count += int(differs.sum())
-        wide = np.complex128 if a.dtype.kind == "c" else np.float64
-        with np.errstate(all="ignore"):
-            distance = np.abs(x[differs].astype(wide) - y[differs].astype(wide)).max()
-        largest = float(np.maximum(largest, distance))  # hands NaN on, where max() could lose it
-    if count:
-        amount = "" if a.dtype == object else f", largest difference {largest:.1e}"
-        yield f"{count:,} of {a.size:,} values differ{amount}"
-
-
-def _elements(tensor: TensorProto, folder: Path | None) -> np.ndarray[Any, Any]:
-    """The tensor's elements as a flat array; mapped, not read, where they lie in an external file."""
-    if tensor.data_type == TensorProto.STRING:
-        return np.array(tensor.string_data, dtype=object)
-    try:
-        if not external_data_helper.uses_external_data(tensor):
-            return numpy_helper.to_array(tensor).reshape(-1)
-        if folder is None:
-            raise DoconvError(f"initializer '{tensor.name}' lies in an external file: pass the model's path")
-        dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
-        if dtype.kind == "V" or not prod(tensor.dims):  # numpy cannot map packed types, nor nothing
-            return numpy_helper.to_array(tensor, os.fspath(folder)).reshape(-1)
-        info = external_data_helper.ExternalDataInfo(tensor)
-        if Path(info.location).is_absolute() or ".." in Path(info.location).parts:
-            raise DoconvError(f"initializer '{tensor.name}' points out of its folder: '{info.location}'")
-        shape = (prod(tensor.dims),)
-        return np.memmap(folder / info.location, dtype, mode="r", offset=info.offset or 0, shape=shape)
-    except (OSError, ValueError, KeyError, TypeError, onnx.checker.ValidationError) as error:
-        raise DoconvError(f"the values of initializer '{tensor.name}' cannot be read ({error})") from error
+        yield from (f"{what}: {text}" for text in differing(elements(x, folder_x), elements(y, folder_y)))
 
 
 def _attributes(
@@ -310,40 +223,10 @@ def _attributes(
     return graphs, tensors, plain
 
 
-def _leftovers(
-    nodes: Iterable[onnx.NodeProto], initializers: Iterable[TensorProto], outer: Mapping[str, bool]
-) -> Iterator[str]:
-    # the values that depend on constants alone: True if computed from them, False if one of them
-    computed = {**outer, **{tensor.name: False for tensor in initializers}}
-    for tensor in initializers:
-        if _COMPOSITION_NAME.fullmatch(tensor.name):
-            yield f"initializer '{tensor.name}' is named like a part of a DO-Conv kernel"
-    for node in nodes:
-        name = node.name or next(iter(node.output), "")
-        if _COMPOSITION_NAME.fullmatch(name):
-            yield f"node '{name}' ({node.op_type}) is named like a part of a DO-Conv kernel"
-        kernel = _KERNEL_INPUT.get(node.op_type, len(node.input))
-        if kernel < len(node.input) and computed.get(node.input[kernel]):
-            source = node.input[kernel]
-            yield f"node '{name}' ({node.op_type}) takes a kernel that the graph computes: '{source}'"
-        inputs = _present(node.input)
-        if node.op_type == "Constant" or (inputs and all(value in computed for value in inputs if value)):
-            carried = node.op_type in CARRIERS and not computed[inputs[0]]
-            constant = carried or node.op_type in ("Constant", "ConstantOfShape")
-            computed.update((value, not constant) for value in node.output)
-        for attribute in node.attribute:
-            if attribute.type == AttributeProto.GRAPH:
-                yield from _leftovers(attribute.g.node, attribute.g.initializer, computed)
-
-
 def _node_text(record: _Record, names: Sequence[str]) -> str:
     shown = [f"{name}={record.attributes.get(name, '(absent)')}" for name in names]
     rest = ["..."] if record.attributes.keys() - set(names) else []
     return f"{record.operator}({', '.join(shown + rest)})"
-
-
-def _tensor_text(tensor: TensorProto) -> str:
-    return f"{_dtype_text(tensor.data_type)} {'x'.join(map(str, tensor.dims)) or 'scalar'}"
 
 
 def _type_text(value: onnx.TypeProto) -> str:
@@ -353,14 +236,7 @@ def _type_text(value: onnx.TypeProto) -> str:
     tensor = getattr(value, kind)
     dims = [str(getattr(dim, dim.WhichOneof("value") or "", "?")) for dim in tensor.shape.dim]
     shape = ",".join(dims) if tensor.HasField("shape") else "..."
-    return f"{'sparse ' * (kind != 'tensor_type')}{_dtype_text(tensor.elem_type)}[{shape}]"
-
-
-def _dtype_text(number: int) -> str:
-    if number not in TensorProto.DataType.values():
-        return f"type {number}"
-    name: str = TensorProto.DataType.Name(number).lower()
-    return {"float": "float32", "double": "float64"}.get(name, name)
+    return f"{'sparse ' * (kind != 'tensor_type')}{dtype_text(tensor.elem_type)}[{shape}]"
 
 
 def _opsets(imports: Iterable[onnx.OperatorSetIdProto]) -> str:
@@ -369,9 +245,3 @@ def _opsets(imports: Iterable[onnx.OperatorSetIdProto]) -> str:
 
 def _function_name(function: onnx.FunctionProto) -> str:
     return ".".join(filter(None, (function.domain, function.name, function.overload)))
-
-
-def _present(names: Sequence[str]) -> list[str]:
-    """Without the empty names at the end, which stand for optional values left out."""
-    count = max((i for i, name in enumerate(names, 1) if name), default=0)
-    return list(names[:count])

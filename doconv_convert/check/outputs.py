@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from doconv_convert.check.graph import read_model
+from doconv_convert.check.onnx_model import read_model
 from doconv_convert.errors import DoconvError
 
 Array = npt.NDArray[Any]

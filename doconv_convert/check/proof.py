@@ -14,7 +14,8 @@ from typing import Any, Literal
 import numpy as np
 
 from doconv_convert.artifacts.samples import shaken
-from doconv_convert.check.graph import GraphComparison, compare_graphs, leftover_composition
+from doconv_convert.check.graph import GraphComparison, compare_graphs
+from doconv_convert.check.leftovers import leftover_composition
 from doconv_convert.check.macs import MacCount, compare_counts, count_macs, format_macs
 from doconv_convert.check.outputs import Array, OutputCheck, compare_outputs, relative_error, run_onnx
 from doconv_convert.errors import DoconvError

@@ -8,7 +8,8 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from doconv_convert.check.graph import compare_graphs, leftover_composition
+from doconv_convert.check.graph import compare_graphs
+from doconv_convert.check.leftovers import leftover_composition
 from doconv_convert.errors import DoconvError
 
 RNG = np.random.default_rng(0)

@@ -1,0 +1,39 @@
+"""An ONNX model, from memory or from a file, with its external data left unread."""
+
+import os
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from doconv_convert.errors import DoconvError
+
+ModelSource: TypeAlias = onnx.ModelProto | str | os.PathLike[str]
+
+# Operators that hand a constant on in another layout or storage type but compute no new kernel from it.
+_LAYOUT = {"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+CARRIERS = frozenset({"Cast", "DequantizeLinear", "Identity", "QuantizeLinear", *_LAYOUT})
+
+
+def read_model(model: ModelSource) -> onnx.ModelProto:
+    """The model itself, or the one in the file at that path with its external data left unread.
+
+    Raises DoconvError if the file cannot be read or is not an ONNX model.
+    """
+    if isinstance(model, onnx.ModelProto):
+        return model
+    path = os.fspath(model)
+    try:
+        loaded = onnx.load(path, format="protobuf", load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise DoconvError(f"'{path}' cannot be read as an ONNX file ({error}): export it again") from error
+    if not loaded.HasField("graph") or not loaded.opset_import:
+        raise DoconvError(f"'{path}' is not an ONNX model: expected a graph and its opset, got neither")
+    return loaded
+
+
+def present(names: Sequence[str]) -> list[str]:
+    """Without the empty names at the end, which stand for optional values left out."""
+    count = max((i for i, name in enumerate(names, 1) if name), default=0)
+    return list(names[:count])
