@@ -57,14 +57,17 @@ def close(a: Tensor, b: Tensor) -> bool:
 def test_same_outputs_and_gradients_with_one_composition_a_kernel(model: nn.Module, x: Tensor) -> None:
     expected = model(x)
     expected_gradients = gradients(model, expected.square().sum())
-    with patch.object(cached_module, "compose_kernel", wraps=compose_kernel) as once:
-        with patch.object(layers, "compose_kernel") as layer, patch.object(overlay, "compose_kernel") as other:
-            with cached(model):
-                outputs = model(x)
-                found = gradients(model, outputs.square().sum())
-                assert once.call_count == 2
-            layer.assert_not_called()
-            other.assert_not_called()
+    with (
+        patch.object(cached_module, "compose_kernel", wraps=compose_kernel) as once,
+        patch.object(layers, "compose_kernel") as layer,
+        patch.object(overlay, "compose_kernel") as other,
+        cached(model),
+    ):
+        outputs = model(x)
+        found = gradients(model, outputs.square().sum())
+        assert once.call_count == 2
+        layer.assert_not_called()
+        other.assert_not_called()
     assert torch.equal(outputs, expected)
     assert all(close(a, b) for a, b in zip(found, expected_gradients, strict=True))
 
@@ -77,9 +80,13 @@ def test_nothing_is_cached_outside(model: nn.Module, x: Tensor) -> None:
 
 
 def test_a_parameter_that_changes_inside_raises(model: nn.Module, x: Tensor) -> None:
-    with pytest.raises(DoconvError, match=r"changed inside cached\(\) \('conv\.weight'"), cached(model):
-        model(x)
-        model.conv.D.data.add_(0.1)
+    def step_inside() -> None:
+        with cached(model):
+            model(x)
+            model.conv.D.data.add_(0.1)
+
+    with pytest.raises(DoconvError, match=r"changed inside cached\(\) \('conv\.weight'"):
+        step_inside()
     model(x)  # the scope is gone all the same
 
 
