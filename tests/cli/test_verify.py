@@ -14,7 +14,7 @@ from doconv_convert import fold
 from doconv_convert.artifacts import export_child
 from doconv_convert.artifacts.onnx_export import export_onnx
 
-# Its forward turns the batch into a number of Python's.
+# Its forward asks for the batch, so that the exporter fixes it.
 STATIC = """
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ class Fixed(nn.Module):
         self.conv = nn.Conv2d(2, 3, 3)
 
     def forward(self, x):
-        return self.conv(x) + torch.zeros(int(str(int(x.shape[0]))), 1, 1, 1)
+        return self.conv(x) * (1.0 if x.shape[0] < 3 else 2.0)
 
 
 def make():
