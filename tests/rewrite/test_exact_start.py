@@ -105,7 +105,7 @@ def test_the_start_is_exact_in_every_dtype(dtype: torch.dtype, d_mul: str) -> No
 
 @pytest.mark.parametrize("source", MODELS)
 def test_the_fold_is_exact(source: str) -> None:
-    original, x = build_model(source).double(), images(source, 4).double()
+    original, x = build_model(source).double(), images(source).double()
     expected_signature = signature(original)
     make_lively(original, x, seed=1)
     converted = to_doconv(original, d_mul="K+3")

@@ -1,6 +1,7 @@
 """Tiny nets, one hazard each: what the plan says of it, an exact start, copies, and an exact fold."""
 
 import pickle
+import random
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import difference, equal, randomise, run, signature, varied_images
+from support import difference, equal, random_state_untouched, randomise, run, signature, varied_images
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
@@ -457,6 +458,24 @@ def test_nothing_leaks_from_tracing() -> None:
     assert (converted.calls, converted.seen, hasattr(converted, "last")) == (0, [], False)
     run(converted, image())
     assert converted.calls == 1
+
+
+class Draws(nn.Module):
+    """Draws while it is traced, from both global generators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = SamePadding(3, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x + torch.rand(1).item() * random.random())
+
+
+def test_a_forward_that_draws_leaves_the_random_states_alone() -> None:
+    model = Draws()
+    with random_state_untouched():
+        plan(model, (varied_images(2, 3, 8, 8),))
+        fold(to_doconv(model, d_mul="2K"))
 
 
 def test_d_takes_requires_grad() -> None:
