@@ -14,7 +14,9 @@ def main(name: str, path: str) -> None:
     model = torchvision.models.get_model(name, weights=None).eval()
     sample = torch.randn(2, 3, 224, 224)
     batch = torch.export.Dim("batch")
-    torch.onnx.export(model, (sample,), path, dynamo=True, dynamic_shapes=({0: batch},), external_data=False, verbose=False)
+    torch.onnx.export(
+        model, (sample,), path, dynamo=True, dynamic_shapes=({0: batch},), external_data=False, verbose=False
+    )
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     outputs = session.run(None, {session.get_inputs()[0].name: sample.numpy()})
     print(outputs[0].shape)

@@ -231,4 +231,14 @@ def sites_from_keys(
             f"'{path}': {len(found)} kernels have a D, but {len(lost)} have none ({names}); the file may have lost "
             f"them. If they were left out of the conversion, say so: {min(exclude, include, key=len)}"
         )
-    return tuple(found.values())
+    # 1x1 layers have no key of their own: those the same conversion would have swapped.
+    without_d = [
+        RecipeSite(owner.path, owner.kernel, site.group_count, None)
+        for site in discovery.sites
+        for owner in site.owners[:1]
+        if site.action is Action.CONVERT
+        and site.d_mul is None
+        and id(site) not in kept
+        and type(owner.module) in DOCONV_CLASSES
+    ]
+    return (*found.values(), *without_d)

@@ -15,7 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from doconv_convert.artifacts.checkpoint import Checkpoint, load_into, read_checkpoint, require_finite, save
+from doconv_convert.artifacts.checkpoint import (
+    Checkpoint,
+    load_into,
+    read_checkpoint,
+    require_finite,
+    save,
+    without_prefixes,
+)
 from doconv_convert.artifacts.export_child import Child, ExportJob, export_in_child
 from doconv_convert.artifacts.files import atomic_write, check_writable
 from doconv_convert.artifacts.models import Inputs
@@ -24,6 +31,7 @@ from doconv_convert.artifacts.onnx_file import install_model
 from doconv_convert.artifacts.recipe import recipe_sites
 from doconv_convert.artifacts.sources import Source, build
 from doconv_convert.check.proof import Proof, Status, prove
+from doconv_convert.check.start import run_in_eval
 from doconv_convert.check.torch_side import torch_side
 from doconv_convert.rewrite.convert import copy_model
 from doconv_convert.rewrite.fold import FoldReport, fold_in_place
@@ -71,8 +79,9 @@ def load_trained(path: Path, source: Source | None, options: Options) -> Loaded:
     if source is None:
         recipe = checkpoint.recipe
         source = recipe.trusted_source(str(path)) if recipe else _no_source(path)
-    model = load_into(build(source), checkpoint, options)
-    return Loaded(checkpoint, source, model.eval(), options)
+    model = build(source)
+    checkpoint = without_prefixes(checkpoint, model)
+    return Loaded(checkpoint, source, load_into(model, checkpoint, options).eval(), options)
 
 
 def release(
@@ -94,6 +103,8 @@ def release(
     for target in (plain, onnx):
         if target is not None:
             check_writable(target)
+    if inputs is not None:  # refuse a wrong one now, not after two exports
+        run_in_eval(loaded.trained, inputs.arguments(inputs.export_batch))
     progress("folding")
     status = fold_status(loaded.trained)
     with _threads_beside(len(waiting)):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
-from doconv_convert.errors import DoconvError, UsageError
+from doconv_convert.errors import CheckFailedError, DoconvError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -94,6 +94,8 @@ def output(as_json: bool, quiet: bool, debug: bool, doing: str = "") -> Iterator
         raise end
     except UsageError as error:
         _fail(error, debug, EXIT_USAGE)
+    except CheckFailedError as error:
+        _fail(error, debug, EXIT_CHECK_FAILED)
     except DoconvError as error:
         _fail(error, debug, EXIT_ERROR)
     except (KeyboardInterrupt, typer.Abort):

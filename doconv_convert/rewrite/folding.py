@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from doconv_convert.errors import DoconvError
+from doconv_convert.errors import CheckFailedError, DoconvError
 from doconv_convert.nn.composition import CONVOLUTIONS, convolve_features
 from doconv_convert.nn.layers import fold_kernel
 from doconv_convert.nn.overlay import read_factors, stored_kernels
@@ -67,7 +67,7 @@ def folded_kernel(factors: Factors) -> Tensor:
         )
     error = composition_error(factors, kernel)
     if not error <= FOLD_TOLERANCE:
-        raise DoconvError(
+        raise CheckFailedError(
             f"'{name}': kernel and feature composition differ by {error:.1e} of the output's scale in float64, "
             f"expected at most {FOLD_TOLERANCE:.0e}; nothing was folded. Please report this layer's shapes."
         )

@@ -175,9 +175,9 @@ CASES: dict[str, Case] = {
     "a pickle with code": Case(1, fold("bad.pth"), ["bad.pth", "pathlib.Path", "model.state_dict()"], write_code),
     "NaN weights": Case(1, fold("bad.pth"), ["'grouped.D' (1 of ", "expected none", "earlier checkpoint"], write_nan),
     "lost D": Case(1, fold("bad.pth"), ["'grouped'", "--exclude 'grouped'"], write_lost),
-    "the wrong input to fold": Case(2, fold("a.pth", "--input-shape", "1,3,6,6"), ["(3, 3, 6, 6)", "--input"]),
+    "the wrong input to fold": Case(2, fold("a.pth", "--input-shape", "1,3,6,6"), ["(2, 3, 6, 6)", "--input"]),
     "samples of the wrong shape": Case(
-        2, fold("a.pth", "--input", "{files}/three.npy"), ["(3, 3, 6, 6)", "--input"], write_samples
+        2, fold("a.pth", "--input", "{files}/three.npy"), ["(2, 3, 6, 6)", "--input"], write_samples
     ),
     "too many samples": Case(
         2, fold("a.pth", "--input", "{files}/two.npz"), ["got 2 inputs", "expected 1 (image)"], write_samples
@@ -186,7 +186,7 @@ CASES: dict[str, Case] = {
     "the wrong input to flops": Case(
         2,
         lambda d: ["flops", f"{d.source}:tiny", "--input-shape", "1,3,6,6"],
-        ["(3, 3, 6, 6)", "Tiny", "--input-shape"],
+        ["(2, 3, 6, 6)", "Tiny", "--input-shape"],
     ),
     "bad dynamic": Case(2, fold("a.pth", "--dynamic", "image:height"), ["--dynamic", "image:height", "NAME:AXIS=DIM"]),
     "no output of fold named": Case(
