@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
     from doconv_convert.check.proof import Proof
 
-EXIT_ERROR, EXIT_USAGE, EXIT_CHECK_FAILED = 1, 2, 3
+EXIT_ERROR, EXIT_USAGE, EXIT_CHECK_FAILED, EXIT_INTERRUPTED = 1, 2, 3, 130
+# The first class that fits an error decides.
+_EXIT_CODES = {UsageError: EXIT_USAGE, CheckFailedError: EXIT_CHECK_FAILED, DoconvError: EXIT_ERROR}
 _SHOWN_FINDINGS = 8
 _STYLES = {"passed": "green", "failed": "bold red", "not checked": "yellow"}
 
@@ -75,6 +77,14 @@ class Output:
         verdict = "proven: true" if proof.proven else "proven: false"
         self.say(f"{proof.file}: {verdict}")
 
+    def fail(self, error: BaseException, debug: bool, code: int, message: str | None = None) -> NoReturn:
+        """Say what is wrong on stderr, and in the document; with --debug raise it."""
+        if debug:
+            raise error
+        self.document = {"error": message or str(error), "exit_code": code}
+        typer.echo(f"error: {message or error}", err=True)
+        raise typer.Exit(code) from error
+
 
 @contextmanager
 def output(as_json: bool, quiet: bool, debug: bool, doing: str = "") -> Iterator[Output]:
@@ -89,38 +99,20 @@ def output(as_json: bool, quiet: bool, debug: bool, doing: str = "") -> Iterator
                 yield out
         else:
             yield out
-    except typer.Exit as end:
-        _print_document(out)
-        raise end
-    except UsageError as error:
-        _fail(error, debug, EXIT_USAGE)
-    except CheckFailedError as error:
-        _fail(error, debug, EXIT_CHECK_FAILED)
+    except typer.Exit:
+        raise
     except DoconvError as error:
-        _fail(error, debug, EXIT_ERROR)
+        out.fail(error, debug, next(code for kind, code in _EXIT_CODES.items() if isinstance(error, kind)))
     except (KeyboardInterrupt, typer.Abort):
-        _fail(DoconvError("interrupted; nothing was written."), debug, 130)
+        out.fail(DoconvError("interrupted; nothing was written."), debug, EXIT_INTERRUPTED)
     except Exception as error:  # the last resort: no traceback without --debug
         message = f"{type(error).__name__}: {error} (unexpected; run again with --debug and please report it)"
-        _fail(error, debug, EXIT_ERROR, message)
-    else:
-        _print_document(out)
+        out.fail(error, debug, EXIT_ERROR, message)
+    finally:
+        if as_json and out.document:
+            sys.stdout.write(json.dumps(out.document, indent=2, default=str) + "\n")
 
 
-def check_failed(out: Output) -> NoReturn:
-    _print_document(out)
-    out.document = {}
+def check_failed() -> NoReturn:
+    """End the command with the exit code of a failed check; its document is printed all the same."""
     raise typer.Exit(EXIT_CHECK_FAILED)
-
-
-def _print_document(out: Output) -> None:
-    if out.as_json and out.document:
-        sys.stdout.write(json.dumps(out.document, indent=2, default=str) + "\n")
-        out.document = {}
-
-
-def _fail(error: BaseException, debug: bool, code: int, message: str | None = None) -> NoReturn:
-    if debug:
-        raise error
-    typer.echo(f"error: {message or error}", err=True)
-    raise typer.Exit(code) from error

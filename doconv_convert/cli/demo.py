@@ -70,7 +70,7 @@ def demo(
         shown.say("3. folded, exported and proven:")
         shown.proof(proof)
         if not proof.proven:
-            check_failed(shown)
+            check_failed()
         rows = _results(folder, source, loaded.trained, images, labels, proof.macs or 0, _composition_macs(planned))
         shown.say(f"4. on the {len(labels)} held-out digits (MACs of one image; FLOPs = 2 x MACs):")
         shown.table(
@@ -89,7 +89,7 @@ def demo(
             "proof": proof.to_json(),
         }
         if not agree:
-            check_failed(shown)
+            check_failed()
 
 
 def _lay_out(folder: Path) -> None:

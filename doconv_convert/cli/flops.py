@@ -48,7 +48,7 @@ def flops(
             for difference in differences:
                 shown.say(f"differs: {difference}")
             if differences:
-                check_failed(shown)
+                check_failed()
             shown.say(f"equal to {against}, node by node")
 
 

@@ -98,5 +98,5 @@ def fold(
             shown.say(f"opset {export.opset}, {export.exporter} exporter, {batch} batch")
         if proof.failed:
             shown.say("nothing was written: a check failed")
-            check_failed(shown)
+            check_failed()
         shown.say("wrote " + ", ".join(written))

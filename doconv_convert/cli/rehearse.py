@@ -63,7 +63,7 @@ def rehearse(
         )
         shown.document = {"models": results}
         if failed:
-            check_failed(shown)
+            check_failed()
         if unexportable and strict:
             raise DoconvError(f"{unexportable} originals cannot be exported (--strict)")
 

@@ -57,4 +57,4 @@ def verify(
         shown.document = proof.to_json()
         shown.proof(proof)
         if proof.failed:
-            check_failed(shown)
+            check_failed()

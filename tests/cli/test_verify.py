@@ -206,5 +206,11 @@ def test_exit_codes(files: Path, code: int, arguments: list[str]) -> None:
     if code in (1, 2):
         assert result.stdout == ""
         assert result.stderr
-        as_json = run_cli("verify", *(files / w if w.endswith(".onnx") else w for w in arguments), "--json")
-        assert as_json.stdout == ""
+
+
+def test_an_error_is_one_json_document_too(files: Path) -> None:
+    result = run_cli("verify", files / "absent.onnx", "--against", files / "good.onnx", "--json")
+    document = json.loads(result.stdout)
+    assert result.exit_code == document["exit_code"] == 1
+    assert "absent.onnx" in document["error"]
+    assert document["error"] in result.stderr
