@@ -1,0 +1,184 @@
+"""The rehearsal: passes on sound models, and each kind of failure ends as its own status."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models import list_models
+from typer.testing import CliRunner, Result
+
+from doconv_convert import DoconvError, UsageError, to_doconv
+from doconv_convert.check import rehearse as rehearsing
+from doconv_convert.check.lively import LIVELY, make_lively, require_lively, sample_spread
+from doconv_convert.check.rehearse import CANNOT_EXPORT, expand, rehearse
+from doconv_convert.cli.app import app
+from doconv_convert.nn.layers import fold_kernel
+from doconv_convert.rewrite import folding
+
+SAMPLES = Path(__file__).parents[2] / "sample_models"
+
+NETS = """
+import torch
+from torch import nn
+
+INPUT_SHAPE = (1, 3, 12, 12)
+
+
+class Unexportable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return x * 2 if float(x.sum()) > 0 else x * 3
+
+
+class Constant(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.conv(x).mean((2, 3)) * 0 + 1
+
+
+def unexportable():
+    return Unexportable()
+
+
+def constant():
+    return Constant()
+"""
+
+
+@pytest.fixture
+def nets(tmp_path: Path) -> Path:
+    path = tmp_path / "nets.py"
+    path.write_text(NETS)
+    return path
+
+
+def command(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["rehearse", *map(str, arguments)])
+
+
+def swapped_rows(*arguments: object) -> Tensor:
+    weight, d, extra, groups = arguments
+    return fold_kernel(weight, d[:, [1, 0, *range(2, d.shape[1])]], extra, groups)  # type: ignore[index,union-attr,arg-type]
+
+
+def test_a_sound_model_is_proven_and_a_second_run_takes_it_from_the_file(tmp_path: Path) -> None:
+    source = f"{SAMPLES / 'residual.py'}:residual"
+    first = command(source, "--resume", tmp_path / "results.jsonl", "--json")
+    assert first.exit_code == 0, first.output
+    (result,) = json.loads(first.stdout)["models"]
+    assert result["status"] == "passed"
+    assert result["proven"] is True
+    assert [step["name"] for step in result["steps"]] == ["build", "plan", "convert", "lively", "fold", "save", "prove"]
+    assert result["figures"]["moved"] > 0.1
+    again = command(source, "--resume", tmp_path / "results.jsonl")
+    assert "[1/" not in again.stdout
+    assert "1 passed" in again.stdout
+
+
+def test_without_export_it_stops_after_the_fold() -> None:
+    result = rehearse(f"{SAMPLES / 'functional.py'}:functional", export=False)
+    assert (result.status, result.proven) == ("passed", False)
+    assert result.steps[-1].name == "fold"
+
+
+def test_two_seeds_agree_on_every_status() -> None:
+    runs = [rehearse(f"{SAMPLES / 'tied.py'}:tied", export=False, seed=seed) for seed in (0, 1)]
+    assert [[step.state for step in run.steps] for run in runs] == [["passed"] * 5] * 2
+    assert runs[0].figures["moved"] != runs[1].figures["moved"]
+
+
+@pytest.mark.parametrize("name", ["residual", "grouped", "functional", "tied", "control_flow", "digits"])
+def test_two_rows_of_d_swapped_in_the_fold_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folding, "fold_kernel", swapped_rows)
+    assert rehearse(f"{SAMPLES / name}.py:{name}", export=False).status == "fold failed"
+    # Without the per-site check the outputs tell: a wrong fold hides nowhere.
+    monkeypatch.setattr(folding, "composition_error", lambda *_: 0.0)
+    result = rehearse(f"{SAMPLES / name}.py:{name}", export=False)
+    assert result.status == "fold failed"
+    assert "differ by" in result.steps[-1].detail
+
+
+def test_an_original_that_cannot_be_exported_is_a_status_of_its_own(nets: Path) -> None:
+    source = f"{nets}:unexportable"
+    shown = command(source, "--json")
+    assert shown.exit_code == 0, shown.output
+    (result,) = json.loads(shown.stdout)["models"]
+    assert (result["status"], result["proven"]) == (CANNOT_EXPORT, False)
+    assert "cannot be exported" in result["steps"][-1]["detail"]
+
+
+def test_strict_wants_every_original_exported(nets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = rehearsing.Rehearsal(f"{nets}:unexportable", [rehearsing.Step("export", CANNOT_EXPORT, "", 0.0)])
+    monkeypatch.setattr(rehearsing, "rehearse", lambda *_, **__: shown)
+    assert command(f"{nets}:unexportable").exit_code == 0
+    assert command(f"{nets}:unexportable", "--strict").exit_code == 1
+
+
+def test_a_model_that_does_not_react_is_not_evidence(nets: Path) -> None:
+    result = rehearse(f"{nets}:constant")
+    assert result.status == "lively failed"
+    assert command(f"{nets}:constant").exit_code == 3
+
+
+def test_a_source_that_does_not_exist_fails_in_its_first_step() -> None:
+    assert rehearse("torchvision:resnet19").status == "build failed"
+
+
+def test_globs() -> None:
+    assert expand(["torchvision:resnet?8", "timm:x"]) == ["torchvision:resnet18", "timm:x"]
+    assert len(expand(["torchvision:*"])) == len(list_models())
+    with pytest.raises(UsageError, match="'torchvision:nothing\\*' matches no model"):
+        expand(["torchvision:nothing*"])
+
+
+def test_lively_calibrates_batch_norm_and_switches_on_what_is_off() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)
+            self.scale = nn.Parameter(torch.full((16, 1, 1), 1e-6))
+            self.head = nn.Linear(16, 4)
+            nn.init.zeros_(self.head.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head((self.norm(self.conv(x)) * self.scale).relu().mean((2, 3)))
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 10, 10) * torch.tensor([0.5, 1.0, 2.0, 4.0]).view(4, 1, 1, 1)
+    model = to_doconv(Net())
+    with pytest.raises(DoconvError, match="differ between samples"):
+        require_lively(model, (x,), 4)
+    state = torch.random.get_rng_state()
+    make_lively(model, (x,), seed=0)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert require_lively(model, (x,), 4) > LIVELY
+    assert float(model.scale.detach().abs().max()) > 0.1
+    normalised = model.norm(model.conv(x)).detach()
+    assert 0.5 < float(normalised.std()) < 2.0
+
+
+def test_spread_of_equal_samples_is_zero() -> None:
+    same = torch.randn(1, 5).expand(3, 5)
+    assert sample_spread([same], 3) < 1e-7
+    assert sample_spread([torch.randn(3, 5)], 3) > 0.1
+
+
+def test_a_detector_finds_something_and_its_fold_is_exact() -> None:
+    result = rehearse("torchvision:ssdlite320_mobilenet_v3_large", export=False)
+    assert result.status == "passed", result.steps[-1].detail
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", list_models())
+def test_every_torchvision_model_folds_exactly(name: str) -> None:
+    result = rehearse(f"torchvision:{name}", export=False)
+    assert result.status == "passed", result.steps[-1].detail
