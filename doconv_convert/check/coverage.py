@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 RELATIVE_CHANGE = 1e-3
+SEEN = 1.0
 
 
 @dataclass(frozen=True)

