@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from doconv_convert.artifacts.factories import load_module
+from doconv_convert.artifacts.programs import example_shape, placeholders
 from doconv_convert.artifacts.sources import Source
-from doconv_convert.artifacts.zoos import torchvision_weights
+from doconv_convert.artifacts.zoos import torchvision_family, torchvision_weights
 from doconv_convert.errors import DoconvError, UsageError
 
 if TYPE_CHECKING:
@@ -62,12 +63,15 @@ def forward_names(model: nn.Module, count: int) -> list[str]:
 
 
 def infer_inputs(source: Source, model: nn.Module) -> list[InputSpec] | None:
-    """The inputs, batch 1, that `model` (built from `source`) takes; None where the source does not tell.
+    """The inputs that `model` (built from `source`) takes; None where the source does not tell. The batch is 1, a
+    program's is its own.
 
     Raises DoconvError where a factory's INPUT_SHAPE is not a tuple of positive whole numbers.
     """
     if source.kind == "torchvision":
         return _torchvision_inputs(source, model)
+    if source.kind == "program":
+        return _program_inputs(model)
     shape = _timm_shape(source.args, model) if source.kind == "timm" else _declared_shape(source)
     return None if shape is None else [InputSpec(forward_names(model, 1)[0], shape)]
 
@@ -115,10 +119,13 @@ def _sample(shape: tuple[int, ...], generator: Generator) -> Tensor:
     return sample * (0.5 + levels[0]) + (levels[1] - 0.5)
 
 
-def _torchvision_inputs(source: Source, model: nn.Module) -> list[InputSpec]:
-    from torchvision.models import get_model_builder  # type: ignore[import-untyped]
+def takes_image_list(source: Source) -> bool:
+    """Whether the model's one argument is a list of images: torchvision's detectors."""
+    return source.kind == "torchvision" and torchvision_family(source.name) == "detection"
 
-    family = get_model_builder(source.name).__module__.split(".")[2]
+
+def _torchvision_inputs(source: Source, model: nn.Module) -> list[InputSpec]:
+    family = torchvision_family(source.name)
     if family == "detection":
         return [InputSpec("images", (3, DETECTION_SIZE, DETECTION_SIZE), batched=False)]
     if family == "optical_flow":
@@ -132,6 +139,13 @@ def _torchvision_inputs(source: Source, model: nn.Module) -> list[InputSpec]:
     # the vision transformers are built for one size, which is an argument
     size = source.args.get("image_size", source.args.get("input_size", crop))
     return [InputSpec(name, (1, 3, *_pair(size)))]
+
+
+def _program_inputs(model: nn.Module) -> list[InputSpec] | None:
+    examples = [(name, example_shape(example), example.dtype) for name, example in placeholders(model)]
+    if not examples or any(shape is None for _, shape, _ in examples):
+        return None
+    return [InputSpec(name, shape or (), str(dtype).removeprefix("torch.")) for name, shape, dtype in examples]
 
 
 def _timm_shape(args: Mapping[str, Any], model: nn.Module) -> tuple[int, ...] | None:

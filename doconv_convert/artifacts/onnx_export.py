@@ -27,6 +27,7 @@ from doconv_convert.artifacts import onnx_file
 from doconv_convert.artifacts.files import check_writable
 from doconv_convert.artifacts.inputs import forward_names
 from doconv_convert.errors import DoconvError, UsageError
+from doconv_convert.rewrite.modes import in_eval
 
 Exporter = Literal["dynamo", "torchscript"]
 Axes = dict[int, str]
@@ -250,7 +251,7 @@ def _cannot_export(module: nn.Module, error: BaseException) -> DoconvError:
 def _evaluating(module: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards each module has its own mode again."""
     modes = [(part, part.training) for part in module.modules()]
-    module.eval()
+    in_eval(module)
     try:
         yield
     finally:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from doconv_convert import __version__
 from doconv_convert.artifacts.sources import Source, parse_source
@@ -15,7 +15,9 @@ from doconv_convert.nn.layers import DOCONV_CLASSES
 from doconv_convert.nn.overlay import is_overlaid, stored_kernels
 from doconv_convert.nn.stored import StoredKernel
 from doconv_convert.rewrite.discover import discover
+from doconv_convert.rewrite.graphs import composition_nodes
 from doconv_convert.rewrite.install import install, refuse_name_clashes
+from doconv_convert.rewrite.passes import ToDOConvPass
 from doconv_convert.rewrite.sites import Action, Options, Owner, Site, decide, site_name
 
 METADATA_KEY = "doconv_convert"
@@ -124,7 +126,18 @@ def recipe_sites(model: nn.Module) -> tuple[RecipeSite, ...]:
             found.append(RecipeSite(path, kernel.name, kernel.groups, d_mul, is_overlaid(module)))
         if type(module) in DOCONV_CLASSES.values() and module.D is None:
             found.append(RecipeSite(path, "weight", int(module.groups), None))
-    return tuple(found)
+        if isinstance(module, fx.GraphModule):
+            found += _graph_sites(module, path)
+    return tuple(dict.fromkeys(found))
+
+
+def _graph_sites(gm: fx.GraphModule, path: str) -> Iterator[RecipeSite]:
+    """The kernels that a GraphModule's own graph composes."""
+    for node in composition_nodes(gm):
+        weight, d, _, groups = node.args
+        if isinstance(weight, fx.Node) and isinstance(d, fx.Node) and isinstance(groups, int):
+            owner, _, kernel = f"{path}.{weight.target}".lstrip(".").rpartition(".")
+            yield RecipeSite(owner, kernel, groups, int(gm.get_parameter(str(d.target)).shape[2]))
 
 
 def apply_recipe(model: nn.Module, sites: Sequence[RecipeSite], state: Mapping[str, Tensor], path: str) -> None:
@@ -138,6 +151,7 @@ def apply_recipe(model: nn.Module, sites: Sequence[RecipeSite], state: Mapping[s
         for name, parameter in module._parameters.items():
             owners.setdefault(id(parameter), []).append(Owner(owner_path, module, name))
     modules = dict(model.named_modules(remove_duplicate=False))
+    already = {(one.owner, one.kernel, one.groups) for one in recipe_sites(model) if one.d_mul is not None}
     planned: dict[int, Site] = {}
     for one in sites:
         owner = modules.get(one.owner)
@@ -148,13 +162,17 @@ def apply_recipe(model: nn.Module, sites: Sequence[RecipeSite], state: Mapping[s
                 f"{type(model).__name__}; name the architecture it was trained with (--model, --model-args)."
             )
         _require_factors(one, parameter, state, path)
-        if StoredKernel(one.kernel, one.groups) in stored_kernels(owner):
+        if (one.owner, one.kernel, one.groups) in already:
             continue
         site = planned.setdefault(id(parameter), Site(owners[id(parameter)], parameter, {one.groups}))
         site.d_mul = one.d_mul
         site.read_elsewhere |= one.overlay
     for site in planned.values():
         refuse_name_clashes(site)
+    rewrite = ToDOConvPass(sites=list(planned.values()))
+    for module in modules.values():
+        if isinstance(module, fx.GraphModule):  # its graph composes, where another's layers do
+            rewrite(module)
     for site in planned.values():
         install(site, Options())
 

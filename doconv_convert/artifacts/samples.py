@@ -15,6 +15,11 @@ Array = npt.NDArray[Any]
 
 # Of the sample's own spread: far above any rounding, and still the user's picture.
 NOISE = 0.1
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+
+
+def is_image(path: Path) -> bool:
+    return path.suffix.lower() in _IMAGE_SUFFIXES
 
 
 def read_samples(path: Path) -> dict[str, Array]:
@@ -23,6 +28,8 @@ def read_samples(path: Path) -> dict[str, Array]:
     float64, numpy's default, becomes float32. Raises DoconvError for a file that cannot be read, UsageError
     for what is no batch.
     """
+    if is_image(path):
+        raise UsageError(f"'{path}' is an image; how to preprocess it is not known here: pass the batch as FILE.npy.")
     try:
         content: Any = np.load(path, allow_pickle=False)
         arrays = {"": content} if isinstance(content, np.ndarray) else dict(content)

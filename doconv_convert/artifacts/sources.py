@@ -3,6 +3,7 @@
     torchvision:resnet50            torchvision:googlenet@DEFAULT   (the network those weights belong to)
     timm:convnext_tiny              timm:resnet50.a1_in1k
     package.module:factory          path/to/file.py:factory
+    path/to/model.pt2               (an exported program, which has its own weights)
 
 A source without weights is built offline and with random values; `pinned` writes the variant of an
 architecture that weights bring along into the source's text.
@@ -15,15 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from doconv_convert.artifacts import factories, zoos
+from doconv_convert.artifacts import factories, programs, zoos
 from doconv_convert.errors import DoconvError, UsageError
 
 if TYPE_CHECKING:
     from torch import nn
 
-Kind = Literal["torchvision", "timm", "module", "file"]
+Kind = Literal["torchvision", "timm", "module", "file", "program"]
 
-FORMS = "'torchvision:NAME', 'timm:NAME', 'package.module:FACTORY' or 'path/to/file.py:FACTORY'"
+FORMS = "'torchvision:NAME', 'timm:NAME', 'package.module:FACTORY', 'path/to/file.py:FACTORY' or 'model.pt2'"
 # they reach for the network, or bring values that no checkpoint of ours knows of
 WEIGHT_ARGS = frozenset(
     {"weights", "weights_backbone", "pretrained", "pretrained_backbone", "pretrained_cfg"}
@@ -44,6 +45,8 @@ class Source:
             return "torchvision"
         if self.text.startswith("timm:"):
             return "timm"
+        if self.text.endswith(programs.SUFFIX):
+            return "program"
         return "file" if self.place.endswith(".py") else "module"
 
     @property
@@ -88,6 +91,9 @@ def parse_source(text: str, model_args: Mapping[str, Any] | None = None) -> Sour
             zoos.torchvision_weights(source.name, source.variant)
     elif source.kind == "timm":
         zoos.check_timm(source.name)
+    elif source.kind == "program":
+        if args:
+            raise UsageError(f"'{text}' takes no model arguments, got {sorted(args)}: an exported program is fixed")
     elif not _names_a_factory(source):
         raise UsageError(f"'{text}' names no model: expected {FORMS}")
     if source.kind in ("torchvision", "timm") and (taken := sorted(WEIGHT_ARGS & args.keys())):
@@ -128,6 +134,8 @@ def build(source: Source, weights: str | None = None, seed: int = 0) -> nn.Modul
             model = zoos.build_torchvision(exact.name, exact.variant, exact.args, fetch)
         elif exact.kind == "timm":
             model = zoos.build_timm(exact.name, exact.args, fetch)
+        elif exact.kind == "program":
+            model = programs.load_program(exact.text)
         else:
             model = factories.call_factory(exact.place, exact.name, exact.args)
     if not isinstance(model, nn.Module):

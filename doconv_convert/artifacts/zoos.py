@@ -40,6 +40,13 @@ def check_torchvision(name: str) -> None:
         raise UsageError(f"torchvision has no model '{name}'{hint}")
 
 
+def torchvision_family(name: str) -> str:
+    """ "detection", "segmentation", "video", "optical_flow", ...; a classifier's own module."""
+    from torchvision.models import get_model_builder
+
+    return str(get_model_builder(name).__module__.split(".")[2])
+
+
 def torchvision_weights(name: str, weights: str) -> WeightsEnum:
     """The member of the model's weights enum ('DEFAULT' is an alias), not fetched. Raises UsageError."""
     from torchvision.models import get_model_weights

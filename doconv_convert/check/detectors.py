@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from doconv_convert.artifacts.sources import Source
 from doconv_convert.rewrite.measure import run_model
+from doconv_convert.rewrite.modes import in_eval
 
 LOGITS, DELTAS = 1.5, 0.2
 DETECTIONS = 20
@@ -43,7 +44,7 @@ def draw_heads(model: nn.Module, inputs: Any, generator: torch.Generator) -> Non
             handles.append(layer.register_forward_hook(_Scale(target, generator)))
     try:
         with torch.no_grad():
-            run_model(model.eval(), inputs)
+            run_model(in_eval(model), inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from doconv_convert.errors import DoconvError, UsageError
 from doconv_convert.rewrite.convert import copy_model
 from doconv_convert.rewrite.measure import run_model
+from doconv_convert.rewrite.modes import in_eval
 
 
 def run_float64(model: nn.Module, inputs: Any) -> list[Tensor]:
@@ -21,7 +22,7 @@ def run_float64(model: nn.Module, inputs: Any) -> list[Tensor]:
     float32 (RAFT's coordinate grids do). The model itself is not changed.
 
     Raises DoconvError where the model does not run in float64."""
-    exact = copy_model(model).double().eval()
+    exact = in_eval(copy_model(model).double())
     try:
         with torch.no_grad(), _float64_by_default(), _WidenFloats():
             return output_tensors(run_model(exact, tree_map(widen, inputs)))

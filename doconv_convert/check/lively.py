@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from doconv_convert.artifacts.recipe import recipe_sites
 from doconv_convert.check.exact import output_tensors
 from doconv_convert.errors import DoconvError
-from doconv_convert.nn.overlay import stored_kernels
+from doconv_convert.nn.stored import StoredKernel
 from doconv_convert.rewrite.measure import run_model
+from doconv_convert.rewrite.modes import in_eval
 
 JITTER = 0.05
 # Samples of one batch must differ by more than this part of the output's scale.
@@ -45,13 +47,21 @@ def make_lively(model: nn.Module, inputs: Any, seed: int = 0) -> None:
 def randomise_factors(model: nn.Module, generator: torch.Generator) -> None:
     """D ~ N(0, 1/K); weight_extra ~ N(0, 1/fan_in)."""
     with torch.no_grad():
-        for module in model.modules():
-            for kernel in stored_kernels(module):
-                d, extra = module._parameters[kernel.d_name], module._parameters.get(kernel.extra_name)
-                if d is not None:
-                    _draw(d, 1 / math.sqrt(d.shape[1]), generator)
-                    if extra is not None:
-                        _draw(extra, 1 / math.sqrt(extra.shape[1] * d.shape[1]), generator)
+        for d, extra in trained_factors(model):
+            _draw(d, 1 / math.sqrt(d.shape[1]), generator)
+            if extra is not None:
+                _draw(extra, 1 / math.sqrt(extra.shape[1] * d.shape[1]), generator)
+
+
+def trained_factors(model: nn.Module) -> list[tuple[Tensor, Tensor | None]]:
+    """D and weight_extra of every kernel that has them, in layers and in graphs; shared ones once."""
+    found = {}
+    for site in recipe_sites(model):
+        parameters, kernel = model.get_submodule(site.owner)._parameters, StoredKernel(site.kernel, site.groups)
+        d = parameters.get(kernel.d_name)
+        if d is not None:
+            found[id(d)] = d, parameters.get(kernel.extra_name)
+    return list(found.values())
 
 
 def sample_spread(outputs: list[Tensor], samples: int) -> float:
@@ -68,7 +78,7 @@ def sample_spread(outputs: list[Tensor], samples: int) -> float:
 def require_lively(model: nn.Module, inputs: Any, samples: int) -> float:
     """The spread of the outputs over the samples. Raises DoconvError where it is not above LIVELY."""
     with torch.no_grad():
-        spread = sample_spread(output_tensors(run_model(model.eval(), inputs)), samples)
+        spread = sample_spread(output_tensors(run_model(in_eval(model), inputs)), samples)
     if not spread > LIVELY:
         raise DoconvError(
             f"{type(model).__name__}: outputs differ between samples by {spread:.1e} of their scale, expected more "
@@ -88,13 +98,7 @@ def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
 
 def _switch_on(model: nn.Module, generator: torch.Generator) -> None:
     """Values for what is constant: norms' affine parameters, biases, layer scales and zero weights."""
-    factors = {
-        id(module._parameters[name])
-        for module in model.modules()
-        for kernel in stored_kernels(module)
-        for name in (kernel.d_name, kernel.extra_name)
-        if name in module._parameters
-    }
+    factors = {id(factor) for pair in trained_factors(model) for factor in pair}
     for parameter in model.parameters():
         if id(parameter) in factors or not parameter.numel():
             continue
@@ -116,14 +120,14 @@ def _calibrate(model: nn.Module, inputs: Any) -> None:
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]
-    model.eval()
+    in_eval(model)
     for norm in norms:
         norm.momentum = 1.0
         norm.training = True
     try:
         run_model(model, inputs)
     finally:
-        model.eval()
+        in_eval(model)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
 

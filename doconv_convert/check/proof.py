@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -153,8 +153,21 @@ def check_coverage(side: TorchSide, graph_state: State, fold_state: State) -> St
     return Status("coverage", "failed", f"{detail}; pass --input with real samples", findings)
 
 
-def prove(candidate: Path, baseline: Path | None, side: TorchSide | None, fold: Status) -> Proof:
-    """Every check of one file. Without a torch side the outputs and the coverage are not checked."""
+def check_resized(candidate: Path, side: TorchSide) -> Status:
+    """The outputs at other sizes than the traced ones."""
+    shapes = ", ".join("x".join(map(str, array.shape)) for array in side.inputs)
+    try:
+        status, _ = check_outputs(candidate, side)
+    except DoconvError as error:
+        return Status("other sizes", "failed", f"on inputs of {shapes}: {error}")
+    return replace(status, name="other sizes", detail=f"on inputs of {shapes}: {status.detail}")
+
+
+def prove(
+    candidate: Path, baseline: Path | None, side: TorchSide | None, fold: Status, resized: TorchSide | None = None
+) -> Proof:
+    """Every check of one file. Without a torch side the outputs and the coverage are not checked; `resized` are the
+    same models at other sizes of their dynamic dimensions."""
     proof = Proof(str(candidate), [fold])
     if baseline is None:
         proof.statuses.append(Status("graph", "not checked", "there is no plain original to compare with"))
@@ -173,6 +186,8 @@ def prove(candidate: Path, baseline: Path | None, side: TorchSide | None, fold: 
     except DoconvError as error:
         status = Status("outputs", "failed", str(error))
     proof.statuses.append(status)
+    if resized is not None:
+        proof.statuses.append(check_resized(candidate, resized))
     proof.reach = side.reach
     proof.statuses.append(check_coverage(side, proof.state("graph"), fold.state))
     return proof

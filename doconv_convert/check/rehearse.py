@@ -21,15 +21,15 @@ from doconv_convert.artifacts.sources import Source, build, parse_source
 from doconv_convert.artifacts.zoos import model_names
 from doconv_convert.check.detectors import draw_heads, rehearsal_source
 from doconv_convert.check.exact import output_tensors, run_float64
-from doconv_convert.check.lively import make_lively, require_lively
+from doconv_convert.check.lively import make_lively, require_lively, trained_factors
 from doconv_convert.check.proof import Proof
 from doconv_convert.check.release import Loaded, load_trained, release, write_inputs
 from doconv_convert.check.start import require_same_start
 from doconv_convert.errors import DoconvError, UsageError
-from doconv_convert.nn.overlay import stored_kernels
 from doconv_convert.rewrite.convert import copy_model, to_doconv
 from doconv_convert.rewrite.fold import fold_in_place
 from doconv_convert.rewrite.measure import run_model
+from doconv_convert.rewrite.modes import in_eval
 from doconv_convert.rewrite.plan import Plan, plan
 from doconv_convert.rewrite.sites import Options
 
@@ -141,11 +141,11 @@ def _run(
 ) -> None:
     with _step(rehearsal, "build"):
         source = parse_source(text, model_args)
-        original = build(source, seed=seed).eval()
+        original = in_eval(build(source, seed=seed))
         inputs = find_inputs(Opened(original, source), input_shapes, None)
         if inputs is not None and inputs.image_list:
             source = rehearsal_source(source)
-            original = build(source, seed=seed).eval()
+            original = in_eval(build(source, seed=seed))
         if inputs is None:
             raise UsageError(f"'{text}': its input is not known; give it with --input-shape 1,3,224,224.")
     example = inputs.arguments(inputs.export_batch)
@@ -158,11 +158,13 @@ def _run(
         require_same_start(original, model, example)
         told("computes the same bits")
     with _step(rehearsal, "lively") as told:
-        arguments = inputs.arguments(LIVELY_BATCH)
+        batch = inputs.fixed_batch or LIVELY_BATCH
+        arguments = inputs.arguments(batch)
         make_lively(model, arguments, seed)
         if inputs.image_list:
             draw_heads(model, arguments, torch.Generator().manual_seed(seed))
-        spread = float("nan") if inputs.image_list else require_lively(model, arguments, LIVELY_BATCH)
+        alone = inputs.image_list or batch == 1
+        spread = float("nan") if alone else require_lively(model, arguments, batch)
         moved = _movement(model, example)
         rehearsal.figures |= {"spread": spread, "moved": moved}
         if planned.added_parameters and not moved >= MOVED:
@@ -179,15 +181,11 @@ def _run(
 def _movement(model: nn.Module, example: Any) -> float:
     """How far the outputs are from those with every D at zero, relative to their scale: the largest."""
     plain = copy_model(model)
-    plain.load_state_dict({k: v for k, v in plain.state_dict().items() if not _is_factor(plain, k)})
     with torch.no_grad():
-        pairs = [output_tensors(run_model(m.eval(), example)) for m in (model, plain)]
+        for d, _ in trained_factors(plain):
+            d.zero_()
+        pairs = [output_tensors(run_model(in_eval(m), example)) for m in (model, plain)]
     return max((_distance(a, b) for a, b in zip(*pairs, strict=False)), default=0.0)
-
-
-def _is_factor(model: nn.Module, key: str) -> bool:
-    path, _, name = key.rpartition(".")
-    return any(name in (k.d_name, k.extra_name) for k in stored_kernels(model.get_submodule(path)))
 
 
 def _exact_fold(original: nn.Module, model: nn.Module, example: Any) -> float:

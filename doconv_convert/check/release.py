@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,18 @@ from doconv_convert.artifacts.checkpoint import (
 )
 from doconv_convert.artifacts.export_child import Child, ExportJob, export_in_child
 from doconv_convert.artifacts.files import atomic_write, check_writable
-from doconv_convert.artifacts.models import Inputs
+from doconv_convert.artifacts.models import Inputs, notes_on
 from doconv_convert.artifacts.onnx_export import ExportReport
 from doconv_convert.artifacts.onnx_file import install_model
 from doconv_convert.artifacts.recipe import recipe_sites
 from doconv_convert.artifacts.sources import Source, build
-from doconv_convert.check.proof import Proof, Status, prove
+from doconv_convert.check.proof import Proof, Status, TorchSide, prove
 from doconv_convert.check.start import run_in_eval
-from doconv_convert.check.torch_side import torch_side
+from doconv_convert.check.torch_side import resized_side, torch_side
 from doconv_convert.rewrite.convert import copy_model
 from doconv_convert.rewrite.fold import FoldReport, fold_in_place
 from doconv_convert.rewrite.folding import FOLD_TOLERANCE
+from doconv_convert.rewrite.modes import in_eval
 from doconv_convert.rewrite.sites import Options
 
 SIDE_BY_SIDE_BYTES = 2**30
@@ -81,7 +82,8 @@ def load_trained(path: Path, source: Source | None, options: Options) -> Loaded:
         source = recipe.trusted_source(str(path)) if recipe else _no_source(path)
     model = build(source)
     checkpoint = without_prefixes(checkpoint, model)
-    return Loaded(checkpoint, source, load_into(model, checkpoint, options).eval(), options)
+    checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *notes_on(source, model)))
+    return Loaded(checkpoint, source, in_eval(load_into(model, checkpoint, options)), options)
 
 
 def release(
@@ -92,6 +94,7 @@ def release(
     onnx: Path | None = None,
     flags: Flags | None = None,
     verify: bool = True,
+    device: torch.device | None = None,
     waiting: Sequence[Child] = (),
     progress: Callable[[str], None] = lambda text: None,
 ) -> Release:
@@ -104,7 +107,7 @@ def release(
         if target is not None:
             check_writable(target)
     if inputs is not None:  # refuse a wrong one now, not after two exports
-        run_in_eval(loaded.trained, inputs.arguments(inputs.export_batch))
+        run_in_eval(loaded.trained, inputs.arguments(inputs.export_batch, like=loaded.trained))
     progress("folding")
     status = fold_status(loaded.trained)
     with _threads_beside(len(waiting)):
@@ -126,15 +129,15 @@ def release(
             jobs.append(export_job(loaded.source, state, sample, baseline, flags, inputs))
         progress("exporting")
         batch = inputs.proof_batch if flags.dynamic_batch else inputs.export_batch
+        models = loaded.trained, folded.model
         with ThreadPoolExecutor(1) as background:
             exports = background.submit(export_in_child, jobs, parallel=_side_by_side(loaded.trained), waiting=waiting)
-            side = torch_side(loaded.trained, folded.model, inputs.arguments(batch), batch) if verify else None
+            sides = torch_sides(*models, inputs, batch, flags, device) if verify else None
             reports = exports.result()
-        if side is not None and batch != inputs.export_batch and not reports[0].dynamic_batch:
-            batch = inputs.export_batch
-            side = torch_side(loaded.trained, folded.model, inputs.arguments(batch), batch)
+        if sides is not None and batch != inputs.export_batch and not reports[0].dynamic_batch:
+            sides = torch_sides(*models, inputs, inputs.export_batch, flags, device)
         progress("proving")
-        proof = prove(candidate, baseline, side, status) if verify else Proof(str(onnx), [status])
+        proof = prove(candidate, baseline, sides[0], status, sides[1]) if sides else Proof(str(onnx), [status])
         proof.file = str(onnx)
         if not proof.failed:
             install_model(candidate, onnx)
@@ -142,6 +145,16 @@ def release(
                 with atomic_write(plain) as temporary:
                     shutil.copyfile(state, temporary)
     return Release(folded, reports[0], proof, notes)
+
+
+def torch_sides(
+    trained: nn.Module, folded: nn.Module, inputs: Inputs, batch: int, flags: Flags, device: torch.device | None = None
+) -> tuple[TorchSide, TorchSide | None]:
+    """Torch's part of the proof, and the same at other sizes where `flags` ask for dynamic ones."""
+    device = device or torch.device("cpu")
+    side = torch_side(trained, folded, inputs.arguments(batch), batch, device)
+    resized = resized_side(trained, folded, inputs, batch, flags.dynamic or {}, flags.input_names, device)
+    return side, resized
 
 
 def fold_status(trained: nn.Module) -> Status:
@@ -173,7 +186,7 @@ def export_job(
         flags.opset,
         flags.input_names,
         flags.output_names,
-        flags.dynamic_batch,
+        flags.dynamic_batch and inputs.fixed_batch is None,
         flags.dynamic,
         image_list=inputs.image_list,
         checkpoint=None if trained is None else Path(trained.checkpoint.path),

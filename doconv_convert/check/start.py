@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from doconv_convert.check.device import full_precision, to_device
 from doconv_convert.check.exact import output_tensors, run_inputs
 from doconv_convert.errors import DoconvError
 from doconv_convert.rewrite.convert import same_outputs
@@ -21,9 +22,19 @@ def run_in_eval(model: nn.Module, inputs: Any) -> Any:
         return run_inputs(model, inputs)
 
 
-def require_same_start(original: nn.Module, converted: nn.Module, inputs: Any) -> None:
-    """Run both in eval mode on the CPU. Raises DoconvError where any output differs (`torch.equal`)."""
+def require_same_start(
+    original: nn.Module, converted: nn.Module, inputs: Any, device: torch.device | None = None
+) -> None:
+    """Run both in eval mode, on the CPU or moved to `device`. Raises DoconvError where any output differs
+    (`torch.equal`)."""
     name = type(original).__name__
+    if device is not None and device.type != "cpu":
+        original, converted, inputs = original.to(device), converted.to(device), to_device(inputs, device)
+    with full_precision():
+        _compare(name, original, converted, inputs)
+
+
+def _compare(name: str, original: nn.Module, converted: nn.Module, inputs: Any) -> None:
     expected = run_in_eval(original, inputs)
     tensors = output_tensors(expected)
     if not tensors:

@@ -2,37 +2,126 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from doconv_convert.artifacts.inputs import InputSpec, forward_names
+from doconv_convert.artifacts.models import Inputs
 from doconv_convert.artifacts.recipe import recipe_sites
 from doconv_convert.check.coverage import perturbation, sensitivity
+from doconv_convert.check.device import full_precision, to_device
 from doconv_convert.check.exact import output_tensors, run_float64, run_inputs
 from doconv_convert.check.outputs import bound_for, relative_error
 from doconv_convert.check.proof import TorchSide
+from doconv_convert.errors import DoconvError, UsageError
 from doconv_convert.rewrite.discover import discover
 from doconv_convert.rewrite.measure import run_model
+from doconv_convert.rewrite.modes import in_eval
 from doconv_convert.rewrite.sites import site_name
 
+_CPU = torch.device("cpu")
+# Sizes that the proof tries in a dynamic dimension's place, the second where the model does not run at the first:
+# most networks take any multiple of 32. Each further dimension grows by more, so that none stands for another.
+_GROWTH: tuple[Callable[[int, int], int], ...] = (
+    lambda size, index: size + 32 * (index + 1),
+    lambda size, index: size * (index + 2),
+)
 
-def torch_side(trained: nn.Module, folded: nn.Module, inputs: Any, samples: int) -> TorchSide:
-    """Run both models on the same inputs (a tuple of positional arguments), in eval mode on the CPU.
+
+def torch_side(
+    trained: nn.Module, folded: nn.Module, inputs: Any, samples: int, device: torch.device = _CPU
+) -> TorchSide:
+    """Run both models on the same inputs (a tuple of positional arguments), in eval mode on the device.
 
     `trained` is the unfolded model, `folded` the plain one. A half-precision model is judged in float32
     arithmetic on its own rounded weights, as it is exported; its truth takes the kernels as the fold rounded
     them, which the per-site check ties to the model's own.
     """
+    with full_precision():
+        return _with_coverage(trained.to(device), in_eval(folded).to(device), to_device(inputs, device), samples)
+
+
+def resized_side(
+    trained: nn.Module,
+    folded: nn.Module,
+    inputs: Inputs,
+    samples: int,
+    dynamic: Mapping[str, Mapping[int, str]],
+    names: Sequence[str] | None,
+    device: torch.device = _CPU,
+) -> TorchSide | None:
+    """As `torch_side`, without the kernels' sensitivity, at another size of every dimension in `dynamic` (the ONNX
+    inputs are called `names`); None where only the batch is dynamic. Raises UsageError where the model does not run.
+    """
+    names = names or forward_names(folded, len(inputs.specs))
+    refused = None
+    for grow in _GROWTH:
+        sizes = _other_sizes(inputs, dict(zip(names, inputs.specs, strict=False)), dynamic, grow)
+        if not any(sizes):
+            return None
+        try:
+            with full_precision():
+                arguments = to_device(inputs.resized(sizes).arguments(samples), device)
+                return _compared(*_run_both(trained.to(device), in_eval(folded).to(device), arguments), samples)
+        except DoconvError as error:
+            refused = error
+    asked = ", ".join(sorted({dimension for axes in dynamic.values() for dimension in axes.values()}))
+    raise UsageError(
+        f"--dynamic: {asked} cannot be proven to be dynamic, the model itself does not run at other sizes: {refused} "
+        "Leave it out of --dynamic, or give another size with --input-shape."
+    ) from refused
+
+
+def _other_sizes(
+    inputs: Inputs,
+    specs: Mapping[str, InputSpec],
+    dynamic: Mapping[str, Mapping[int, str]],
+    grow: Callable[[int, int], int],
+) -> list[dict[int, int]]:
+    """Per input {axis: size}; a dimension has one size wherever its name stands. The batch has its own way."""
+    order: dict[str, int] = {}
+    return [
+        {
+            axis: grow(spec.shape[axis], order.setdefault(dimension, len(order)))
+            for axis, dimension in dynamic.get(name, {}).items()
+            if axis < len(spec.shape) and (axis > 0 or not spec.batched)
+        }
+        for name, spec in specs.items()
+    ] or [{} for _ in inputs.specs]
+
+
+def _run_both(trained: nn.Module, folded: nn.Module, inputs: Any) -> tuple[Any, list[Tensor], list[Tensor]]:
+    """The inputs in float32, the plain model's outputs on them, and the float64 truth."""
     half = any(p.dtype in (torch.float16, torch.bfloat16) for p in trained.parameters())
     narrow = tree_map(_to_float32, inputs)
-    kernels = _float32_kernels(folded.eval(), trained)
-    plain = output_tensors(run_inputs(folded, narrow))
-    truth = run_float64(folded if half else trained, inputs)
+    plain = output_tensors(run_inputs(folded.float(), narrow))
+    return narrow, plain, run_float64(folded if half else trained, inputs)
+
+
+def _compared(
+    inputs: Any,
+    plain: Sequence[Tensor],
+    truth: Sequence[Tensor],
+    samples: int,
+    reach: Mapping[str, float | None] | None = None,
+) -> TorchSide:
+    arrays = [_array(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    return TorchSide(arrays, [_array(t) for t in truth], [_array(p) for p in plain], samples, reach or {})
+
+
+def _array(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().numpy()
+
+
+def _with_coverage(trained: nn.Module, folded: nn.Module, inputs: Any, samples: int) -> TorchSide:
+    kernels = _float32_kernels(folded, trained)
+    narrow, plain, truth = _run_both(trained, folded, inputs)
     bounds = {
-        index: bound_for(relative_error(p.detach().numpy(), t.numpy())) * float(t.norm())
+        index: bound_for(relative_error(_array(p), _array(t))) * float(t.norm())
         for index, (p, t) in enumerate(zip(plain, truth, strict=True))
         if p.is_floating_point() and p.shape == t.shape
     }
@@ -45,8 +134,7 @@ def torch_side(trained: nn.Module, folded: nn.Module, inputs: Any, samples: int)
     for name, kernel in kernels.items():
         if not reach[name]:  # a gradient that is cut shows nothing about the kernel
             reach[name] = perturbation(compared, [plain[index] for index in bounds], list(bounds.values()), kernel)
-    arrays = [leaf.numpy() for leaf in tree_leaves(narrow) if isinstance(leaf, Tensor)]
-    return TorchSide(arrays, [t.numpy() for t in truth], [p.detach().numpy() for p in plain], samples, reach)
+    return _compared(narrow, plain, truth, samples, reach)
 
 
 def _float32_kernels(folded: nn.Module, trained: nn.Module) -> Mapping[str, Tensor]:

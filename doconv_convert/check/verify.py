@@ -16,6 +16,7 @@ from doconv_convert.errors import DoconvError, UsageError
 if TYPE_CHECKING:
     from doconv_convert.artifacts.models import Inputs
     from doconv_convert.artifacts.sources import Source
+    from doconv_convert.check.release import Flags
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Reference:
     output_names: Sequence[str] | None = None
     dynamic: Mapping[str, Mapping[int, str]] | None = None
     dynamic_batch: bool = True
+    device: str = "cpu"
 
 
 def verify(candidate: str | Path, *, against: str | Path, **options: Any) -> Proof:
@@ -70,20 +72,21 @@ def count_source(text: str, model_args: Mapping[str, Any], input_shapes: Sequenc
         baseline = _export_baseline(Path(folder), opened.source, plain, inputs, Reference(against=text))
         if not (inputs.image_list or _is_dynamic(baseline)):  # its count would be that of the traced batch
             one = Reference(against=text, dynamic_batch=False)
-            baseline = _export_baseline(Path(folder), opened.source, plain, inputs, one, batch=1)
+            baseline = _export_baseline(Path(folder), opened.source, plain, inputs, one, batch=inputs.fixed_batch or 1)
         return count_macs(baseline)
 
 
 def _against_torch(candidate: Path, reference: Reference, progress: Callable[[str], None]) -> Proof:
     from doconv_convert.artifacts.models import Opened, find_inputs, is_checkpoint, open_model
     from doconv_convert.artifacts.sources import parse_source
-    from doconv_convert.check.release import fold_status, load_trained
-    from doconv_convert.check.torch_side import torch_side
+    from doconv_convert.check.device import find_device
+    from doconv_convert.check.release import fold_status, load_trained, torch_sides
     from doconv_convert.rewrite.convert import copy_model
     from doconv_convert.rewrite.fold import fold_in_place
+    from doconv_convert.rewrite.modes import in_eval
     from doconv_convert.rewrite.sites import Options
 
-    has_weights = True
+    has_weights, device = True, find_device(reference.device)
     if is_checkpoint(reference.against) and ":" not in reference.against:
         source = None if reference.model is None else parse_source(reference.model, reference.model_args)
         options = Options(include=reference.include, exclude=reference.exclude)
@@ -91,13 +94,13 @@ def _against_torch(candidate: Path, reference: Reference, progress: Callable[[st
         opened = Opened(loaded.trained, loaded.source)
     else:
         opened = open_model(reference.against, reference.weights, reference.model_args, 0)
-        has_weights = reference.weights is not None
+        has_weights = reference.weights is not None or opened.source.kind == "program"
     inputs = find_inputs(opened, reference.input_shapes, reference.input_file) or _no_inputs(reference.against)
     if not has_weights:
         _use_every_parameter(opened.model, inputs)
     progress("folding")
     report = fold_in_place(copy_model(opened.model), check_first=False)
-    folded = report.model.eval()
+    folded = in_eval(report.model)
     with tempfile.TemporaryDirectory() as folder:
         progress("exporting the original")
         baseline = _export_baseline(Path(folder), opened.source, folded, inputs, reference)
@@ -105,8 +108,8 @@ def _against_torch(candidate: Path, reference: Reference, progress: Callable[[st
             return _without_weights(candidate, baseline)
         progress("running both")
         batch = inputs.proof_batch if _is_dynamic(baseline) else inputs.export_batch
-        side = torch_side(opened.model, folded, inputs.arguments(batch), batch)
-        return prove(candidate, baseline, side, fold_status(opened.model))
+        side, resized = torch_sides(opened.model, folded, inputs, batch, _flags(reference), device)
+        return prove(candidate, baseline, side, fold_status(opened.model), resized)
 
 
 def _use_every_parameter(model: Any, inputs: Inputs) -> None:
@@ -137,20 +140,25 @@ def _export_baseline(
 ) -> Path:
     from doconv_convert.artifacts.checkpoint import save
     from doconv_convert.artifacts.export_child import export_in_child
-    from doconv_convert.check.release import Flags, export_job, write_inputs
+    from doconv_convert.check.release import export_job, write_inputs
 
     state, sample, baseline = folder / "plain.safetensors", folder / "inputs.npz", folder / "baseline.onnx"
     save(folded, state)
     write_inputs(sample, inputs.tensors(batch or inputs.export_batch))
-    flags = Flags(
+    export_in_child([export_job(source, state, sample, baseline, _flags(reference), inputs)])
+    return baseline
+
+
+def _flags(reference: Reference) -> Flags:
+    from doconv_convert.check.release import Flags
+
+    return Flags(
         reference.opset,
         reference.input_names,
         reference.output_names,
         reference.dynamic_batch,
         reference.dynamic,
     )
-    export_in_child([export_job(source, state, sample, baseline, flags, inputs)])
-    return baseline
 
 
 def _inputs_of(baseline: Path, reference: Reference) -> list[Array]:

@@ -29,6 +29,7 @@ def flops(
     with output(as_json, quiet, debug, "counting") as shown:
         from doconv_convert.check.macs import compare_counts, format_macs
 
+        o.announce_code(shown, model, against)
         count = _count(model, model_args, input_shape)
         rows = [[node.name, node.op, node.parameters, node.macs] for node in count.nodes]
         shown.table(["node", "op", "parameters", "MACs"], rows, right=(2, 3))

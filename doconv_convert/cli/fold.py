@@ -34,6 +34,7 @@ def fold(
     dynamic: o.Dynamic = None,
     static: o.Static = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the proof; never counts as proven.")] = False,
+    device: o.Device = "cpu",
     as_json: o.Json = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
@@ -50,9 +51,12 @@ def fold(
             raise UsageError(f"fold: -o and --onnx both name '{out}', expected two files.")
         from doconv_convert.artifacts.models import Opened, find_inputs
         from doconv_convert.artifacts.sources import parse_source
+        from doconv_convert.check.device import find_device
         from doconv_convert.check.release import Flags, load_trained, release
         from doconv_convert.rewrite.sites import Options
 
+        where = find_device(device)
+        o.announce_code(shown, model)
         source = None if model is None else parse_source(model, o.parse_model_args(model_args))
         options = Options(include=include or ("*",), exclude=exclude or ())
         loaded = load_trained(checkpoint, source, options)
@@ -73,6 +77,7 @@ def fold(
             onnx=onnx,
             flags=flags,
             verify=not no_verify,
+            device=where,
             waiting=waiting,
             progress=shown.step,
         )

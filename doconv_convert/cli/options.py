@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from doconv_convert.cli.console import Output
 from doconv_convert.errors import UsageError
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
@@ -25,7 +26,8 @@ InputShape = Annotated[
     typer.Option("--input-shape", metavar="[NAME=]1,3,224,224", help="An input's shape, batch first; repeats."),
 ]
 InputFile = Annotated[
-    Path | None, typer.Option("--input", metavar="FILE", help="Samples: .npy, or .npz with input names as keys.")
+    Path | None,
+    typer.Option("--input", metavar="FILE", help="Samples: .npy, .npz with input names as keys, or an image."),
 ]
 Opset = Annotated[int | None, typer.Option("--opset", help="ONNX opset; default: the exporter's own.")]
 InputNames = Annotated[str | None, typer.Option("--input-names", metavar="A,B", help="Names of the ONNX inputs.")]
@@ -35,6 +37,17 @@ Dynamic = Annotated[
     typer.Option("--dynamic", metavar="NAME:AXIS=DIM", help="A further dynamic dimension (x:2=height); repeats."),
 ]
 Static = Annotated[bool, typer.Option("--static", help="A fixed batch of 2 instead of a dynamic one.")]
+
+Device = Annotated[
+    str, typer.Option("--device", metavar="cpu|cuda", help="Where the checks run in torch; exports run on the CPU.")
+]
+
+
+def announce_code(shown: Output, *texts: str | None) -> None:
+    """Say which exported programs are about to be opened: loading one can run code."""
+    for text in dict.fromkeys(texts):
+        if text is not None and text.endswith(".pt2"):
+            shown.say(f"opening '{text}', an exported program: loading one can run code that is pickled in it")
 
 
 def parse_model_args(text: str | None) -> dict[str, Any]:

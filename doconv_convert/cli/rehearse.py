@@ -40,6 +40,7 @@ def rehearse(
         from doconv_convert.check.rehearse import CANNOT_EXPORT, expand
 
         wanted = expand(sources)
+        o.announce_code(shown, *wanted)
         known = _read(resume)
         settings = {
             "model_args": o.parse_model_args(model_args),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,10 +11,14 @@ from doconv_convert.cli import options as o
 from doconv_convert.cli.console import Output, output
 from doconv_convert.errors import UsageError
 
+if TYPE_CHECKING:
+    from doconv_convert.rewrite.cost import Cost
+    from doconv_convert.rewrite.plan import Plan
+
 
 def to_doconv(
     source: Annotated[
-        str, typer.Argument(help="torchvision:NAME, timm:NAME, package.module:factory, file.py:factory.")
+        str, typer.Argument(help="torchvision:NAME, timm:NAME, package.module:factory, file.py:factory, model.pt2.")
     ],
     out: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="The .safetensors to write.")
@@ -33,7 +37,9 @@ def to_doconv(
     model_args: o.ModelArgs = None,
     input_shape: o.InputShape = None,
     input_file: o.InputFile = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan and what it costs.")] = False,
+    batch: Annotated[int, typer.Option("--batch", min=1, metavar="N", help="The training batch of that cost.")] = 1,
+    device: o.Device = "cpu",
     as_json: o.Json = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
@@ -45,12 +51,16 @@ def to_doconv(
         from doconv_convert.artifacts.checkpoint import save
         from doconv_convert.artifacts.files import check_writable
         from doconv_convert.artifacts.models import find_inputs, open_model
+        from doconv_convert.check.device import find_device
         from doconv_convert.check.start import require_same_start, run_in_eval
         from doconv_convert.rewrite.convert import to_doconv as convert
-        from doconv_convert.rewrite.plan import Plan, plan
+        from doconv_convert.rewrite.cost import cost
+        from doconv_convert.rewrite.plan import plan
 
         if out is not None and not dry_run:
             check_writable(out)
+        where = find_device(device)
+        o.announce_code(shown, source)
         opened = open_model(source, weights, o.parse_model_args(model_args), seed)
         inputs = find_inputs(opened, input_shape, input_file)
         chosen = {
@@ -60,27 +70,36 @@ def to_doconv(
             "pointwise": pointwise,
             "max_d_params": max_d_params,
         }
-        example = None if inputs is None else inputs.arguments(batch=2, like=opened.model)
+        samples = 2 if inputs is None or inputs.fixed_batch is None else inputs.fixed_batch
+        example = None if inputs is None else inputs.arguments(samples, like=opened.model)
         if example is not None:
             run_in_eval(opened.model, example)  # wrong inputs are refused here, in words
-        planned: Plan = plan(opened.model, example, **chosen)  # type: ignore[arg-type]
-        shown.document = {"plan": planned.to_json(), "written": None}
+        planned = plan(opened.model, example, **chosen)  # type: ignore[arg-type]
+        expected = cost(planned, opened.model, batch=batch, measured_batch=samples)
+        shown.document = {
+            "plan": {**planned.to_json(), "batch": samples},
+            "cost": expected.to_json(),
+            "notes": opened.notes,
+            "written": None,
+        }
         if not dry_run and out is not None:
             if example is None:
                 raise UsageError(f"'{source}': its input is not known; give it with --input-shape 1,3,224,224.")
             converted = convert(opened.model, example_inputs=example, seed=seed, **chosen)  # type: ignore[arg-type]
             shown.step("comparing with the original")
-            require_same_start(opened.model, converted, example)
+            require_same_start(opened.model, converted, example, where)
             save(converted, out, source=opened.source)
             shown.document["written"] = str(out)
-        _show(shown, planned, out)
+        for note in opened.notes:
+            shown.say(note)
+        _show(shown, planned, samples)
+        if dry_run:
+            _show_cost(shown, expected)
+        if shown.document["written"]:
+            shown.say(f"wrote {out}: computes exactly what the original does (torch.equal)")
 
 
-def _show(shown: Output, planned: object, out: Path | None) -> None:
-    from doconv_convert.rewrite.plan import Plan
-
-    if not isinstance(planned, Plan):
-        return
+def _show(shown: Output, planned: Plan, samples: int) -> None:
     head = ["layer", "kind", "kernel", "groups", "D_mul", "added", "MACs", "action"]
     rows = [
         [
@@ -90,15 +109,49 @@ def _show(shown: Output, planned: object, out: Path | None) -> None:
             row.groups,
             "-" if row.d_mul is None else row.d_mul,
             row.added_parameters,
-            "-" if row.macs is None else row.macs,
+            "-" if row.macs is None else row.macs // samples,
             row.action if row.reason is None else f"{row.action}: {row.reason}",
         ]
         for row in planned.rows
     ]
     shown.table(head, rows, right=(3, 4, 5, 6))
     counts = ", ".join(f"{count} {what}" for what, count in planned.counts().items())
-    shown.say(f"{planned.model}: {counts}; {planned.added_parameters:,} parameters added for training")
+    shown.say(
+        f"{planned.model}: {counts}; {planned.added_parameters:,} parameters added for training (MACs: one sample)"
+    )
     for path in planned.not_looked_into:
         shown.say(f"not looked into: '{path or planned.model}'; give --input-shape")
-    if shown.document["written"]:
-        shown.say(f"wrote {out}: computes exactly what the original does (torch.equal)")
+
+
+_FIGURES = ("checkpoint_bytes", "sgd_momentum_bytes", "adam_bytes", "composition_macs", "convolution_macs")
+
+
+def _show_cost(shown: Output, expected: Cost) -> None:
+    """Growth and arithmetic of every over-parameterized kernel, in a table of 80 columns."""
+    rows = [
+        [site.name, site.added_parameters, *(_short(getattr(site, figure)) for figure in _FIGURES)]
+        for site in expected.sites
+    ]
+    total = [expected.total(figure) for figure in _FIGURES[:-1]]
+    rows.append(["total", expected.total("added_parameters"), *map(_short, [*total, expected.convolution_macs])])
+    head = ["layer", "added", "file B", "SGD B", "Adam B", "compose", "convolve"]
+    shown.table(head, rows, right=range(1, len(head)))
+    shown.say(
+        f"training costs, until the fold: {total[0]:,} bytes more in a checkpoint; {total[1]:,} bytes more optimizer "
+        f"state with SGD and momentum, {total[2]:,} with Adam"
+    )
+    macs = f"one forward at batch {expected.batch} (--batch): {total[3]:,} MACs to compose the kernels"
+    if expected.convolution_macs:
+        share = total[3] / expected.convolution_macs
+        macs += f", {share:.2%} of the {expected.convolution_macs:,} MACs of all convolutions"
+    shown.say(macs)
+
+
+def _short(number: int | None) -> str:
+    """Four digits: 1.234M."""
+    if number is None:
+        return "-"
+    for unit, size in (("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.4g}{unit}"
+    return str(number)

@@ -30,6 +30,7 @@ def verify(
     output_names: o.OutputNames = None,
     dynamic: o.Dynamic = None,
     static: o.Static = False,
+    device: o.Device = "cpu",
     as_json: o.Json = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
@@ -52,7 +53,9 @@ def verify(
             output_names=o.parse_names(output_names),
             dynamic=o.parse_dynamic(dynamic),
             dynamic_batch=not static,
+            device=device,
         )
+        o.announce_code(shown, against, model)
         proof = verify_file(candidate, reference, shown.step)
         shown.document = proof.to_json()
         shown.proof(proof)
