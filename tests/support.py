@@ -18,7 +18,7 @@ import sample_models
 from doconv_convert.artifacts.sources import build, parse_source
 
 SAMPLES = ("residual", "grouped", "functional", "tied", "control_flow", "digits")
-# DESIGN §4: the share of the output's scale by which a lively net tells two images apart.
+# The share of the output's scale by which a lively net tells two images apart.
 LIVELY_SPREAD = 1e-2
 
 
@@ -73,7 +73,7 @@ def randomise(model: nn.Module, seed: int) -> nn.Module:
 
 
 def make_lively(model: nn.Module, inputs: Tensor, seed: int) -> nn.Module:
-    """Weights under which the output depends on the image and on every kernel (DESIGN §4); in eval mode.
+    """Weights under which the output depends on the image and on every kernel; in eval mode.
 
     Randomises D where there is one, BN affine parameters, layer scales, biases and zero weights, calibrates the
     batch-norm statistics on `inputs`, moves them by 5 %, and asserts that outputs differ between samples.

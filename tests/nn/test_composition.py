@@ -98,7 +98,7 @@ CASES = [
 
 
 def textbook_kernel(weight: Tensor, d: Tensor, extra: Tensor | None, groups: int) -> Tensor:
-    """k[o, j, p] = sum_s D^[c, p, s] W[o, j, s], one slot at a time (DESIGN §1)."""
+    """k[o, j, p] = sum_s D^[c, p, s] W[o, j, s], one slot at a time."""
     c_out, per_group, *size = weight.shape
     w = weight.reshape(c_out, per_group, -1)
     if extra is not None:
