@@ -33,9 +33,9 @@ from doconv_convert.artifacts.inputs import InputSpec
 from doconv_convert.artifacts.models import Inputs, Opened, find_inputs
 from doconv_convert.artifacts.onnx_export import export_onnx
 from doconv_convert.artifacts.sources import Source, build, parse_source
-from doconv_convert.check.coverage import SEEN
 from doconv_convert.check.detectors import draw_heads, rehearsal_source
 from doconv_convert.check.lively import make_lively, randomise_factors
+from doconv_convert.check.outputs import SEEN
 from doconv_convert.check.proof import Status, TorchSide, prove
 from doconv_convert.check.release import fold_status
 from doconv_convert.check.torch_side import torch_side
@@ -92,10 +92,8 @@ class Case:
 
 
 def make_case(name: str, folder: Path, seed: int) -> Case:
-    source = parse_source(f"{ROOT}/sample_models/{name}.py:{name}" if name in SAMPLES else f"torchvision:{name}")
-    shape = NETS.get(name)
-    if name == REAL:
-        source = parse_source("torchvision:mobilenet_v2")
+    plain, shape = name.partition(" ")[0], NETS.get(name)
+    source = parse_source(f"{ROOT}/sample_models/{name}.py:{name}" if name in SAMPLES else f"torchvision:{plain}")
     original = build(source, seed=seed).eval()
     inputs = find_inputs(Opened(original, source), [shape] if shape else [], None)
     assert inputs is not None

@@ -12,28 +12,31 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from doconv_convert.check.outputs import SEEN
 
 RELATIVE_CHANGE = 1e-3
-SEEN = 1.0
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """Per kernel how far a change of 1e-3 would move the outputs, in units of their bounds: above 1 it is
-    seen. None: the outputs do not depend on the kernel (it only runs in training)."""
+    """Per kernel how far a change of 1e-3 would move the outputs, in units of their bounds: above SEEN it is
+    seen. None: the kernel is not read in eval mode (it only runs in training)."""
 
     reach: Mapping[str, float | None]
 
     @property
     def seen(self) -> list[str]:
-        return [name for name, reach in self.reach.items() if reach is not None and reach > 1]
+        return [name for name, reach in self.reach.items() if reach is not None and reach > SEEN]
 
     @property
     def blind(self) -> list[str]:
-        return [name for name, reach in self.reach.items() if reach is not None and not reach > 1]
+        return [name for name, reach in self.reach.items() if reach is not None and not reach > SEEN]
 
     @property
     def unreached(self) -> list[str]:
@@ -87,3 +90,23 @@ def perturbation(
             if bound > 0
         ]
     return max(distances, default=0.0) or None
+
+
+def kernels_read(run: Callable[[], object], kernels: Mapping[str, Tensor]) -> set[str]:
+    """The names of those kernels that are handed to any torch function while `run` runs."""
+    names = {id(kernel): name for name, kernel in kernels.items()}
+    with _Reads() as reads, torch.no_grad():
+        run()
+    return {name for key, name in names.items() if key in reads.seen}
+
+
+class _Reads(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") != "__get__":
+            self.seen.update(id(value) for value in (*args, *kwargs.values()))
+        return func(*args, **kwargs)

@@ -24,12 +24,15 @@ Array = npt.NDArray[Any]
 FACTOR = 4.0
 # Where fp32 torch happens to be nearly exact (a few layers), its own error says too little: 8 epsilon of fp32.
 FLOOR = 8 * 2.0**-23
+# A kernel counts as covered where a change of 1e-3 in it is predicted to move an output by more than so many bounds.
+SEEN = 1.0
 
 
 @dataclass(frozen=True)
 class OutputCheck:
     """One output tensor. `error`, `plain_error` and `bound` are relative L2; `largest` is the largest absolute
-    difference of an element; `variation` is how much the samples differ, relative to the output."""
+    difference of an element; `variation` is how much the samples differ, relative to the output; `agreeing`, for class
+    scores, the number of samples with the truth's argmax."""
 
     name: str
     shape: tuple[int, ...]
@@ -39,6 +42,7 @@ class OutputCheck:
     largest: float
     variation: float
     problem: str | None
+    agreeing: int | None = None
 
     @property
     def ok(self) -> bool:
@@ -88,7 +92,8 @@ def compare_output(name: str, truth: Array, plain: Array, got: Array, samples: i
             problem = f"is off by {error:.1e} of its scale, allowed {bound:.1e}"
         elif variation <= bound:
             problem = "is the same for every sample, which shows nothing; pass --input with real samples"
-    return OutputCheck(name, tuple(truth.shape), error, plain_error, bound, largest, variation, problem)
+    agreeing = _agreeing(truth, got, samples)
+    return OutputCheck(name, tuple(truth.shape), error, plain_error, bound, largest, variation, problem, agreeing)
 
 
 def compare_outputs(
@@ -100,24 +105,46 @@ def compare_outputs(
     return [compare_output(*one, samples) for one in zip(names, truth, plain, got, strict=True)]
 
 
+class OnnxSession:
+    """A file in onnxruntime on the CPU. Raises DoconvError where it cannot be loaded, or `run` cannot run it."""
+
+    def __init__(self, path: Path, *, optimise: bool = True) -> None:
+        import onnxruntime
+
+        onnxruntime.set_default_logger_severity(4)
+        self.path = path
+        options = onnxruntime.SessionOptions()
+        if not optimise:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's own classes share no public base
+            raise DoconvError(f"onnxruntime cannot load '{path}': {_first_line(error)}") from error
+        self.inputs: list[str] = [item.name for item in self._session.get_inputs()]
+        self.outputs: list[str] = [item.name for item in self._session.get_outputs()]
+
+    @property
+    def dynamic_batch(self) -> bool:
+        """Whether the first dimension of an input is open."""
+        return any(item.shape and not isinstance(item.shape[0], int) for item in self._session.get_inputs())
+
+    def run(self, inputs: Sequence[Array]) -> list[Array]:
+        if len(self.inputs) != len(inputs):
+            names = ", ".join(self.inputs)
+            raise DoconvError(f"'{self.path}' takes {len(self.inputs)} inputs ({names}), got {len(inputs)}.")
+        feeds = dict(zip(self.inputs, inputs, strict=True))
+        try:
+            values = self._session.run(None, feeds)
+        except Exception as error:
+            shapes = ", ".join(f"{name} {array.shape}" for name, array in feeds.items())
+            raise DoconvError(f"onnxruntime cannot run '{self.path}' on {shapes}: {_first_line(error)}") from error
+        return [np.asarray(value) for value in values]
+
+
 def run_onnx(path: Path, inputs: Sequence[Array]) -> tuple[list[str], list[Array]]:
     """(output names, values) of one run in onnxruntime on the CPU. Raises DoconvError where it cannot run."""
-    import onnxruntime
-
-    onnxruntime.set_default_logger_severity(4)
-    try:
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's own classes share no public base
-        raise DoconvError(f"onnxruntime cannot load '{path}': {_first_line(error)}") from error
-    feeds = [item.name for item in session.get_inputs()]
-    if len(feeds) != len(inputs):
-        raise DoconvError(f"'{path}' takes {len(feeds)} inputs ({', '.join(feeds)}), got {len(inputs)}.")
-    try:
-        values = session.run(None, dict(zip(feeds, inputs, strict=True)))
-    except Exception as error:
-        shapes = ", ".join(f"{name} {array.shape}" for name, array in zip(feeds, inputs, strict=True))
-        raise DoconvError(f"onnxruntime cannot run '{path}' on {shapes}: {_first_line(error)}") from error
-    return [item.name for item in session.get_outputs()], [np.asarray(value) for value in values]
+    session = OnnxSession(path)
+    return session.outputs, session.run(inputs)
 
 
 def onnx_input_shapes(path: Path) -> Mapping[str, list[int | str]]:
@@ -138,6 +165,13 @@ def onnx_inputs(path: Path) -> Mapping[str, tuple[np.dtype[Any], list[int | str]
         if value.name not in known:
             found[value.name] = helper.tensor_dtype_to_np_dtype(tensor.elem_type), shape
     return found
+
+
+def _agreeing(truth: Array, got: Array, samples: int) -> int | None:
+    scores = truth.ndim == 2 and truth.shape[0] == samples and truth.shape[1] > 1
+    if not scores or got.shape != truth.shape or not np.issubdtype(truth.dtype, np.floating):
+        return None
+    return int((got.argmax(1) == truth.argmax(1)).sum())
 
 
 def _variation(truth: Array, samples: int) -> float:

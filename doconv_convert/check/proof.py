@@ -6,7 +6,7 @@ A status is passed, failed or not checked; nothing "succeeds with a warning". Im
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +14,21 @@ from typing import Any, Literal
 import numpy as np
 
 from doconv_convert.artifacts.samples import shaken
+from doconv_convert.check.detections import in_order_of
 from doconv_convert.check.graph import GraphComparison, compare_graphs
 from doconv_convert.check.leftovers import leftover_composition
 from doconv_convert.check.macs import MacCount, compare_counts, count_macs, format_macs
-from doconv_convert.check.outputs import Array, OutputCheck, compare_outputs, relative_error, run_onnx
+from doconv_convert.check.other_runs import other_runs
+from doconv_convert.check.outputs import (
+    SEEN,
+    Array,
+    OnnxSession,
+    OutputCheck,
+    compare_outputs,
+    onnx_input_shapes,
+    relative_error,
+    run_onnx,
+)
 from doconv_convert.errors import DoconvError
 
 State = Literal["passed", "failed", "not checked"]
@@ -67,13 +78,17 @@ class Proof:
 @dataclass(frozen=True)
 class TorchSide:
     """What torch says about the inputs: float64 outputs of the trained model, fp32 outputs of the plain one,
-    the batch, and per kernel how far a change of 1e-3 would move them (in units of their bounds)."""
+    the batch, and per kernel how far a change of 1e-3 would move them (in units of their bounds).
+    `detections` are the outputs that belong together (`detection_groups`); `alone` runs the first n samples in
+    float64, by themselves."""
 
     inputs: Sequence[Array]
     truth: Sequence[Array]
     plain: Sequence[Array]
     samples: int
     reach: Mapping[str, float | None]
+    detections: Sequence[Mapping[str, int]] = ()
+    alone: Callable[[int], Sequence[Array]] | None = None
 
 
 def _without_nan(value: Any) -> Any:
@@ -96,10 +111,11 @@ def check_graph(baseline: Path, candidate: Path, *, values: bool = True) -> Stat
     return Status("graph", "passed", detail)
 
 
-def check_macs(baseline: Path | MacCount, candidate: Path) -> tuple[Status, MacCount]:
-    """MACs as exact integers, per node and in total, of one sample (of the whole batch that a static file fixes)."""
-    expected = baseline if isinstance(baseline, MacCount) else count_macs(baseline)
-    count = count_macs(candidate)
+def check_macs(baseline: Path | MacCount, candidate: Path, inputs: Sequence[Array] = ()) -> tuple[Status, MacCount]:
+    """MACs as exact integers, per node and in total, of one sample (of the whole batch that a static file fixes);
+    `inputs` have the sizes for other dynamic dimensions."""
+    expected = baseline if isinstance(baseline, MacCount) else count_macs(baseline, _dynamic_sizes(baseline, inputs))
+    count = count_macs(candidate, _dynamic_sizes(candidate, inputs))
     differences = compare_counts(expected, count)
     figure = f"{count.total:,} MACs ({format_macs(count.total)}; FLOPs = 2 x MACs) in {len(count.nodes)} nodes"
     if count.uncounted:
@@ -109,13 +125,26 @@ def check_macs(baseline: Path | MacCount, candidate: Path) -> tuple[Status, MacC
     return Status("macs", "passed", f"{figure}, equal to the original's"), count
 
 
+def _dynamic_sizes(path: Path, inputs: Sequence[Array]) -> dict[str, int]:
+    """The sizes that the file's dynamic dimensions, all but the batch, have in `inputs`."""
+    shapes = onnx_input_shapes(path)
+    return {
+        f"{name}[{axis}]" if dim == "?" else dim: array.shape[axis]
+        for (name, shape), array in zip(shapes.items(), inputs, strict=False)
+        for axis, dim in enumerate(shape[: array.ndim])
+        if axis and isinstance(dim, str)
+    }
+
+
 def check_outputs(candidate: Path, side: TorchSide) -> tuple[Status, list[OutputCheck]]:
     """onnxruntime against the float64 run of the trained model."""
-    names, got = run_onnx(candidate, side.inputs)
+    session = OnnxSession(candidate)
+    got = session.run(side.inputs)
     if len(got) != len(side.truth):
         detail = f"the file has {len(got)} outputs, the model {len(side.truth)}"
         return Status("outputs", "failed", detail), []
-    checks = compare_outputs(names, side.truth, side.plain, got, side.samples)
+    got = in_order_of(side.truth, got, side.detections)
+    checks = compare_outputs(session.outputs, side.truth, side.plain, got, side.samples)
     if not checks:
         return Status("outputs", "failed", "the model has no tensor outputs; nothing was compared"), []
     bad = tuple(f"'{check.name}' {check.problem}" for check in checks if not check.ok)
@@ -124,31 +153,41 @@ def check_outputs(candidate: Path, side: TorchSide) -> tuple[Status, list[Output
     if not any(check.variation > check.bound for check in checks):
         detail = "no output differs between the samples, which shows nothing; pass --input with real samples"
         return Status("outputs", "failed", detail), checks
+    problems, runs = other_runs(candidate, session, side, checks)
+    if problems:
+        return Status("outputs", "failed", "other runs of the same file differ", tuple(problems)), checks
     worst = max(checks, key=lambda check: check.error / check.bound if check.bound else 0.0)
     detail = (
         f"{len(checks)} outputs on {side.samples} samples: onnxruntime is off by {worst.error:.1e} of the scale, fp32 "
-        f"torch by {worst.plain_error:.1e}, allowed {worst.bound:.1e}; largest element {worst.largest:.1e}"
+        f"torch by {worst.plain_error:.1e}, allowed {worst.bound:.1e}; largest element {worst.largest:.1e}; {runs}"
     )
+    agreeing = [check.agreeing for check in checks if check.agreeing is not None]
+    if agreeing:
+        detail += f"; argmax agrees on {min(agreeing)} of {side.samples} samples"
     return Status("outputs", "passed", detail), checks
 
 
-def check_coverage(side: TorchSide, graph_state: State, fold_state: State) -> Status:
-    """Which kernels the outputs would have betrayed. The others count as proven only by the per-site fold
-    check together with equal initializer bytes."""
-    reach = side.reach
-    seen = [name for name, value in reach.items() if value is not None and value > 1]
-    blind = [name for name in reach if name not in seen]
-    if not reach:
+def check_coverage(side: TorchSide, graph_state: State, fold_state: State, minimum: float = 0.0) -> Status:
+    """Which kernels the outputs would have betrayed; of those that run, at least the part `minimum` must be. The
+    others count as proven only by the per-site fold check together with equal initializer bytes."""
+    runs = {name: value for name, value in side.reach.items() if value is not None}
+    blind = {name: value for name, value in runs.items() if not value > SEEN}
+    training = [name for name in side.reach if name not in runs]
+    if not side.reach:
         return Status("coverage", "passed", "the model has no convolution kernels to cover")
-    detail = f"a change of 1e-3 would show in the outputs for {len(seen)} of {len(reach)} kernels"
-    findings = tuple(
-        f"'{name}' " + ("only runs in training" if reach[name] is None else f"moves them by {reach[name]:.2g} bounds")
-        for name in blind
+    seen = len(runs) - len(blind)
+    detail = f"a change of 1e-3 would show in the outputs for {seen} of {len(side.reach)} kernels"
+    findings = (
+        *(f"'{name}' moves them by {value:.2g} bounds" for name, value in blind.items()),
+        *(f"'{name}' only runs in training" for name in training),
     )
-    if not blind:
+    if runs and seen < minimum * len(runs):
+        detail += f", {seen / len(runs):.0%} of those that run; --min-coverage asks for {minimum:.0%}"
+        return Status("coverage", "failed", f"{detail}; pass --input with real samples", findings)
+    if not findings:
         return Status("coverage", "passed", detail)
     if graph_state == "passed" and fold_state == "passed":
-        detail += f"; {len(blind)} others by the per-site fold check and equal initializer bytes"
+        detail += f"; {len(findings)} others by the per-site fold check and equal initializer bytes"
         return Status("coverage", "passed", detail, findings)
     return Status("coverage", "failed", f"{detail}; pass --input with real samples", findings)
 
@@ -164,7 +203,12 @@ def check_resized(candidate: Path, side: TorchSide) -> Status:
 
 
 def prove(
-    candidate: Path, baseline: Path | None, side: TorchSide | None, fold: Status, resized: TorchSide | None = None
+    candidate: Path,
+    baseline: Path | None,
+    side: TorchSide | None,
+    fold: Status,
+    resized: TorchSide | None = None,
+    min_coverage: float = 0.0,
 ) -> Proof:
     """Every check of one file. Without a torch side the outputs and the coverage are not checked; `resized` are the
     same models at other sizes of their dynamic dimensions."""
@@ -175,7 +219,7 @@ def prove(
         proof.statuses.append(Status("macs", "not checked", format_macs(proof.macs)))
     else:
         proof.statuses.append(check_graph(baseline, candidate))
-        status, count = check_macs(baseline, candidate)
+        status, count = check_macs(baseline, candidate, [] if side is None else side.inputs)
         proof.statuses.append(status)
         proof.macs = count.total
     if side is None:
@@ -189,14 +233,14 @@ def prove(
     if resized is not None:
         proof.statuses.append(check_resized(candidate, resized))
     proof.reach = side.reach
-    proof.statuses.append(check_coverage(side, proof.state("graph"), fold.state))
+    proof.statuses.append(check_coverage(side, proof.state("graph"), fold.state, min_coverage))
     return proof
 
 
 def compare_files(baseline: Path, candidate: Path, inputs: Sequence[Array]) -> Proof:
     """One ONNX file against another, without torch: structure, MACs, and outputs in onnxruntime."""
     proof = Proof(str(candidate), [check_graph(baseline, candidate, values=False)])
-    status, count = check_macs(baseline, candidate)
+    status, count = check_macs(baseline, candidate, inputs)
     proof.statuses.append(status)
     proof.macs = count.total
     expected = run_onnx(baseline, inputs)

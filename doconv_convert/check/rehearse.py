@@ -22,6 +22,7 @@ from doconv_convert.artifacts.zoos import model_names
 from doconv_convert.check.detectors import draw_heads, rehearsal_source
 from doconv_convert.check.exact import output_tensors, run_float64
 from doconv_convert.check.lively import make_lively, require_lively, trained_factors
+from doconv_convert.check.outputs import SEEN
 from doconv_convert.check.proof import Proof
 from doconv_convert.check.release import Loaded, load_trained, release, write_inputs
 from doconv_convert.check.start import require_same_start
@@ -237,7 +238,7 @@ def _verdict(proof: Proof | None) -> str:
     if proof.failed:
         failed = [f"{s.name}: {s.detail}; {'; '.join(s.findings[:3])}" for s in proof.statuses if s.state == "failed"]
         raise DoconvError(" / ".join(failed))
-    blind = [f"'{name}' ({reach:.2g})" for name, reach in proof.reach.items() if reach is not None and not reach > 1]
+    blind = [f"'{name}' ({reach:.2g})" for name, reach in proof.reach.items() if reach is not None and not reach > SEEN]
     if blind:
         raise DoconvError(f"{len(blind)} kernels would not show in the outputs: {', '.join(blind[:3])}")
     seen = sum(reach is not None for reach in proof.reach.values())

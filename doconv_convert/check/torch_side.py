@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -12,7 +14,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from doconv_convert.artifacts.inputs import InputSpec, forward_names
 from doconv_convert.artifacts.models import Inputs
 from doconv_convert.artifacts.recipe import recipe_sites
-from doconv_convert.check.coverage import perturbation, sensitivity
+from doconv_convert.check.coverage import kernels_read, perturbation, sensitivity
+from doconv_convert.check.detections import detection_groups, in_order_of
 from doconv_convert.check.device import full_precision, to_device
 from doconv_convert.check.exact import output_tensors, run_float64, run_inputs
 from doconv_convert.check.outputs import bound_for, relative_error
@@ -66,7 +69,7 @@ def resized_side(
         try:
             with full_precision():
                 arguments = to_device(inputs.resized(sizes).arguments(samples), device)
-                return _compared(*_run_both(trained.to(device), in_eval(folded).to(device), arguments), samples)
+                return _run_both(trained.to(device), in_eval(folded).to(device), arguments, samples).side()
         except DoconvError as error:
             refused = error
     asked = ", ".join(sorted({dimension for axes in dynamic.values() for dimension in axes.values()}))
@@ -94,23 +97,42 @@ def _other_sizes(
     ] or [{} for _ in inputs.specs]
 
 
-def _run_both(trained: nn.Module, folded: nn.Module, inputs: Any) -> tuple[Any, list[Tensor], list[Tensor]]:
-    """The inputs in float32, the plain model's outputs on them, and the float64 truth."""
+@dataclass(frozen=True)
+class _Runs:
+    """The inputs in float32, the plain model's outputs on them in the order of the float64 truth, and that."""
+
+    inputs: Any
+    plain: list[Tensor]
+    truth: list[Tensor]
+    detections: list[dict[str, int]]
+    samples: int
+    judge: nn.Module
+
+    def side(self, reach: Mapping[str, float | None] | None = None) -> TorchSide:
+        inputs = [_array(leaf) for leaf in tree_leaves(self.inputs) if isinstance(leaf, Tensor)]
+        truth = [_array(t) for t in self.truth]
+        plain = in_order_of(truth, [_array(p) for p in self.plain], self.detections)
+        return TorchSide(inputs, truth, plain, self.samples, reach or {}, self.detections, self.alone)
+
+    def alone(self, count: int) -> list[Any]:
+        """The float64 outputs of the first samples by themselves."""
+        first = tree_map(lambda leaf: _leading(leaf, count, self.samples), self.inputs)
+        with full_precision():
+            return [_array(t) for t in run_float64(self.judge, first)]
+
+
+def _run_both(trained: nn.Module, folded: nn.Module, inputs: Any, samples: int) -> _Runs:
     half = any(p.dtype in (torch.float16, torch.bfloat16) for p in trained.parameters())
     narrow = tree_map(_to_float32, inputs)
-    plain = output_tensors(run_inputs(folded.float(), narrow))
-    return narrow, plain, run_float64(folded if half else trained, inputs)
+    output = run_inputs(folded.float(), narrow)
+    judge = folded if half else trained
+    truth = run_float64(judge, inputs)
+    return _Runs(narrow, output_tensors(output), truth, detection_groups(output), samples, judge)
 
 
-def _compared(
-    inputs: Any,
-    plain: Sequence[Tensor],
-    truth: Sequence[Tensor],
-    samples: int,
-    reach: Mapping[str, float | None] | None = None,
-) -> TorchSide:
-    arrays = [_array(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    return TorchSide(arrays, [_array(t) for t in truth], [_array(p) for p in plain], samples, reach or {})
+def _leading(leaf: Any, count: int, samples: int) -> Any:
+    batched = isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == samples
+    return leaf[:count] if batched else leaf
 
 
 def _array(tensor: Tensor) -> Any:
@@ -119,22 +141,30 @@ def _array(tensor: Tensor) -> Any:
 
 def _with_coverage(trained: nn.Module, folded: nn.Module, inputs: Any, samples: int) -> TorchSide:
     kernels = _float32_kernels(folded, trained)
-    narrow, plain, truth = _run_both(trained, folded, inputs)
+    runs = _run_both(trained, folded, inputs, samples)
+    side = runs.side()
     bounds = {
-        index: bound_for(relative_error(_array(p), _array(t))) * float(t.norm())
-        for index, (p, t) in enumerate(zip(plain, truth, strict=True))
-        if p.is_floating_point() and p.shape == t.shape
+        index: bound_for(relative_error(plain, truth)) * float(np.linalg.norm(truth.ravel()))
+        for index, (plain, truth) in enumerate(zip(side.plain, side.truth, strict=True))
+        if np.issubdtype(plain.dtype, np.floating) and plain.shape == truth.shape
     }
 
-    def compared() -> list[Tensor]:
-        outputs = output_tensors(run_model(folded, narrow))
-        return [outputs[index] for index in bounds]
+    def run() -> list[Tensor]:
+        return output_tensors(run_model(folded, runs.inputs))
 
-    reach = dict(sensitivity([plain[index] for index in bounds], list(bounds.values()), kernels).reach)
+    def compared() -> list[Tensor]:
+        outputs = in_order_of(side.plain, [_array(t) for t in run()], side.detections)
+        return [torch.from_numpy(outputs[index]) for index in bounds]
+
+    reach = dict(sensitivity([runs.plain[index] for index in bounds], list(bounds.values()), kernels).reach)
+    before = [torch.from_numpy(side.plain[index]) for index in bounds]
     for name, kernel in kernels.items():
         if not reach[name]:  # a gradient that is cut shows nothing about the kernel
-            reach[name] = perturbation(compared, [plain[index] for index in bounds], list(bounds.values()), kernel)
-    return _compared(narrow, plain, truth, samples, reach)
+            reach[name] = perturbation(compared, before, list(bounds.values()), kernel)
+    unmoved = {name: kernel for name, kernel in kernels.items() if reach[name] is None}
+    if unmoved:
+        reach |= dict.fromkeys(kernels_read(run, unmoved), 0.0)
+    return replace(side, reach=reach)
 
 
 def _float32_kernels(folded: nn.Module, trained: nn.Module) -> Mapping[str, Tensor]:
