@@ -95,6 +95,7 @@ def release(
     flags: Flags | None = None,
     verify: bool = True,
     device: torch.device | None = None,
+    min_coverage: float = 0.0,
     waiting: Sequence[Child] = (),
     progress: Callable[[str], None] = lambda text: None,
 ) -> Release:
@@ -137,7 +138,9 @@ def release(
         if sides is not None and batch != inputs.export_batch and not reports[0].dynamic_batch:
             sides = torch_sides(*models, inputs, inputs.export_batch, flags, device)
         progress("proving")
-        proof = prove(candidate, baseline, sides[0], status, sides[1]) if sides else Proof(str(onnx), [status])
+        proof = Proof(str(onnx), [status])
+        if sides:
+            proof = prove(candidate, baseline, sides[0], status, sides[1], min_coverage)
         proof.file = str(onnx)
         if not proof.failed:
             install_model(candidate, onnx)

@@ -37,6 +37,7 @@ class Reference:
     dynamic: Mapping[str, Mapping[int, str]] | None = None
     dynamic_batch: bool = True
     device: str = "cpu"
+    min_coverage: float = 0.0
 
 
 def verify(candidate: str | Path, *, against: str | Path, **options: Any) -> Proof:
@@ -105,11 +106,11 @@ def _against_torch(candidate: Path, reference: Reference, progress: Callable[[st
         progress("exporting the original")
         baseline = _export_baseline(Path(folder), opened.source, folded, inputs, reference)
         if not has_weights:
-            return _without_weights(candidate, baseline)
+            return _without_weights(candidate, baseline, [t.numpy() for t in inputs.tensors(inputs.export_batch)])
         progress("running both")
         batch = inputs.proof_batch if _is_dynamic(baseline) else inputs.export_batch
         side, resized = torch_sides(opened.model, folded, inputs, batch, _flags(reference), device)
-        return prove(candidate, baseline, side, fold_status(opened.model), resized)
+        return prove(candidate, baseline, side, fold_status(opened.model), resized, reference.min_coverage)
 
 
 def _use_every_parameter(model: Any, inputs: Inputs) -> None:
@@ -122,10 +123,10 @@ def _use_every_parameter(model: Any, inputs: Inputs) -> None:
     make_lively(model, arguments)
 
 
-def _without_weights(candidate: Path, baseline: Path) -> Proof:
+def _without_weights(candidate: Path, baseline: Path, inputs: Sequence[Array]) -> Proof:
     from doconv_convert.check.proof import check_graph, check_macs
 
-    status, count = check_macs(baseline, candidate)
+    status, count = check_macs(baseline, candidate, inputs)
     graph = check_graph(baseline, candidate, values=False)
     outputs = Status("outputs", "not checked", "no weights were given (--weights)")
     return Proof(str(candidate), [graph, status, outputs], count.total)

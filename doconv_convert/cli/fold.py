@@ -35,6 +35,7 @@ def fold(
     static: o.Static = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the proof; never counts as proven.")] = False,
     device: o.Device = "cpu",
+    min_coverage: o.MinCoverage = 0.0,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
@@ -78,6 +79,7 @@ def fold(
             flags=flags,
             verify=not no_verify,
             device=where,
+            min_coverage=min_coverage,
             waiting=waiting,
             progress=shown.step,
         )

@@ -38,6 +38,15 @@ Dynamic = Annotated[
 ]
 Static = Annotated[bool, typer.Option("--static", help="A fixed batch of 2 instead of a dynamic one.")]
 
+MinCoverage = Annotated[
+    float,
+    typer.Option(
+        "--min-coverage",
+        min=0.0,
+        max=1.0,
+        help="The part of the kernels that run, a change in which the compared outputs must show.",
+    ),
+]
 Device = Annotated[
     str, typer.Option("--device", metavar="cpu|cuda", help="Where the checks run in torch; exports run on the CPU.")
 ]

@@ -31,6 +31,7 @@ def verify(
     dynamic: o.Dynamic = None,
     static: o.Static = False,
     device: o.Device = "cpu",
+    min_coverage: o.MinCoverage = 0.0,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
@@ -54,6 +55,7 @@ def verify(
             dynamic=o.parse_dynamic(dynamic),
             dynamic_batch=not static,
             device=device,
+            min_coverage=min_coverage,
         )
         o.announce_code(shown, against, model)
         proof = verify_file(candidate, reference, shown.step)
