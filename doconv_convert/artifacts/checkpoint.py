@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from doconv_convert.artifacts.distributed import is_distributed, read_distributed
 from doconv_convert.artifacts.files import atomic_write
 from doconv_convert.artifacts.recipe import (
     METADATA_KEY,
@@ -33,6 +34,8 @@ _PREFIXES = ("module.", "_orig_mod.", "model.")
 # Absent from files older than torch 0.4.1; torch itself fills it in, in strict loads too.
 _FORGIVEN = "num_batches_tracked"
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+# What torch.optim.swa_utils.AveragedModel counts beside the averaged weights.
+_AVERAGED = "n_averaged"
 _SHOWN = 5
 
 
@@ -116,6 +119,9 @@ def without_prefixes(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
     Only where no key fits `model` as it is: a network may have a child named `model` of its own.
     """
     own, state, notes = model.state_dict().keys(), checkpoint.state, list(checkpoint.notes)
+    if _AVERAGED in state and _AVERAGED not in own:
+        state = {key: value for key, value in state.items() if key != _AVERAGED}
+        notes.append(f"took the averaged weights (there is an '{_AVERAGED}')")
     while not own & state.keys():
         prefix = next((one for one in _PREFIXES if all(key.startswith(one) for key in state)), None)
         if prefix is None:
@@ -164,14 +170,18 @@ def _require_fit(model: nn.Module, state: Mapping[str, Tensor], path: str, *, pl
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read .safetensors, or a pickled state dict (.pt, .pth, ...) with `weights_only=True`.
+    """Read .safetensors, a pickled state dict (.pt, .pth, ...) with `weights_only=True`, or a folder of
+    torch.distributed.checkpoint.
 
     Raises DoconvError: not there, damaged, a pickle with more than tensors in it, or no tensors.
     """
     name = os.fspath(path)
-    if not Path(path).is_file():
+    if is_distributed(Path(path)):
+        state, notes = read_distributed(Path(path), _WRAPPERS)
+        checkpoint = Checkpoint(name, state, None, notes)
+    elif not Path(path).is_file():
         raise DoconvError(f"'{name}' is no file; expected a checkpoint (.safetensors, .pt, .pth).")
-    if _is_pickle(name):
+    elif _is_pickle(name):
         state, notes = _read_pickle(name)
         checkpoint = Checkpoint(name, state, None, notes)
     else:

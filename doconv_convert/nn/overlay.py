@@ -7,6 +7,7 @@ and D stay ordinary entries of `_parameters`; only the attribute named like the 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -76,12 +77,23 @@ def _kernel_property(kernel: StoredKernel) -> property:
     def getter(module: nn.Module) -> Tensor:
         if module._cached_kernels is not None:
             return module._cached_kernels[kernel.name].read()  # type: ignore[index,union-attr,no-any-return]
+        weight = module._parameters.get(kernel.name)
+        sharded = not torch.compiler.is_compiling() and type(weight).__module__.startswith("torch.distributed")
+        if sharded and _called_by_engine():
+            return cast("Tensor", weight)
         try:
             return composed(module)
         except AttributeError as error:  # it would make Python fall back to __getattr__: W, uncomposed
             raise RuntimeError(f"'{kernel.name}' could not be composed: {error}") from error
 
     return property(getter)
+
+
+def _called_by_engine() -> bool:
+    """Whether torch.distributed itself reads or sets the attribute. FSDP2 swaps shards and whole parameters by
+    `getattr` and `setattr`, its state dicts look them up: under the kernel's name they mean W."""
+    caller = sys._getframe(2).f_globals.get("__name__", "")
+    return str(caller).startswith("torch.distributed.")
 
 
 def _slots_property(kernel: StoredKernel) -> property:
@@ -93,9 +105,12 @@ def _overlay_class(base: type[nn.Module], kernels: tuple[StoredKernel, ...]) -> 
     d_names = {kernel.name: kernel.d_name for kernel in kernels}
 
     def __setattr__(self: nn.Module, name: str, value: Any) -> None:
+        if name in d_names and _called_by_engine():
+            self._parameters[name] = value  # what FSDP2 does itself where a class has no __setattr__
+            return
         base.__setattr__(self, name, value)
-        # A new kernel is a new start. D is replaced, not zeroed in place: engines that swap parameters in
-        # and out (FSDP2) assign the kernel and then D, and must find their own D untouched.
+        # A new kernel is a new start. D is replaced, not zeroed in place: an engine that swaps parameters in and
+        # out assigns the kernel and then its own D, and must find that untouched.
         d = self._parameters.get(d_names.get(name, ""))
         if d is not None and isinstance(value, nn.Parameter):
             self._parameters[d_names[name]] = nn.Parameter(torch.zeros_like(d), requires_grad=d.requires_grad)

@@ -113,6 +113,11 @@ def refuse_wrapped(model: nn.Module) -> None:
                 raise DoconvError(
                     f"'{path or type(model).__name__}' is a {base.__name__} already; {wrappers[base.__name__]}."
                 )
+        if module._compiled_call_impl is not None:
+            raise DoconvError(
+                f"'{path or type(model).__name__}' is compiled in place already; call .compile() on the converted "
+                "model instead."
+            )
 
 
 def copy_model(model: nn.Module) -> nn.Module:

@@ -1,0 +1,414 @@
+"""Every way of training, on DOConv layers and on run-time subclasses: it starts where the plain net starts, learns,
+moves D, and folds exactly."""
+
+import copy
+import io
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import support_training
+import torch
+from safetensors.torch import load_file
+from support import difference
+from support_cli import run_cli
+from support_training import (
+    MOVED,
+    NETS,
+    ROUNDING,
+    STEPS,
+    assert_folds,
+    assert_trained,
+    converted,
+    images,
+    least_moved_d,
+    loss_of,
+    sgd,
+    train,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
+
+from doconv_convert import DOConv2d, fold, to_doconv
+
+SOURCE = f"{support_training.__file__}:{{}}"
+both_kinds = pytest.mark.parametrize("kind", NETS)
+Way = Callable[[nn.Module], list[Tensor]]
+
+
+def mixed_precision(model: nn.Module, dtype: torch.dtype) -> list[Tensor]:
+    x, labels = images()
+    optimizer = sgd(model.parameters())
+    scaler = torch.amp.GradScaler("cpu", enabled=dtype is torch.float16)
+    losses = []
+    for _ in range(STEPS):
+        with torch.autocast("cpu", dtype=dtype):
+            loss = loss_of(model, x, labels)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.detach())
+    return losses
+
+
+def channels_last(model: nn.Module) -> list[Tensor]:
+    losses = train(model.to(memory_format=torch.channels_last))
+    kernel = next(p for name, p in model.named_parameters() if p.dim() == 4 and p.shape[1] > 1)
+    assert kernel.is_contiguous(memory_format=torch.channels_last)
+    return losses
+
+
+def checkpointed(model: nn.Module, reentrant: bool) -> list[Tensor]:
+    x, labels = images()
+    x.requires_grad_()
+    optimizer = sgd(model.parameters())
+    losses = []
+    for _ in range(STEPS):
+        loss = F.cross_entropy(checkpoint(model, x, use_reentrant=reentrant), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return losses
+
+
+def accumulated(model: nn.Module) -> list[Tensor]:
+    x, labels = images()
+    optimizer = sgd(model.parameters())
+    losses = []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        parts = [loss_of(model, *part) / 4 for part in zip(x.chunk(4), labels.chunk(4), strict=True)]
+        for part in parts:
+            part.backward()
+        optimizer.step()
+        losses.append(torch.stack(parts).sum().detach())
+    return losses
+
+
+def clipped(model: nn.Module) -> list[Tensor]:
+    x, labels = images()
+    optimizer = sgd(model.parameters())
+    losses = []
+    for _ in range(STEPS):
+        loss = loss_of(model, x, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5, error_if_nonfinite=True)
+        optimizer.step()
+        losses.append(loss.detach())
+    return losses
+
+
+def compiled(model: nn.Module, backend: str) -> list[Tensor]:
+    """`fullgraph` raises at a graph break."""
+    torch.compiler.reset()
+    return train(torch.compile(model, fullgraph=True, backend=backend))
+
+
+def compiled_in_place(model: nn.Module) -> list[Tensor]:
+    torch.compiler.reset()
+    model.compile(fullgraph=True, backend="aot_eager")
+    return train(model)
+
+
+def adamw(model: nn.Module, **options: bool) -> list[Tensor]:
+    return train(model, torch.optim.AdamW(model.parameters(), lr=0.02, **options))
+
+
+def lbfgs(model: nn.Module) -> list[Tensor]:
+    x, labels = images()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=4, line_search_fn="strong_wolfe")
+    losses = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model, x, labels)
+        loss.backward()
+        return loss
+
+    for _ in range(4):
+        losses.append(optimizer.step(closure).detach())
+    return losses
+
+
+def vector_descent(model: nn.Module) -> list[Tensor]:
+    """Gradient descent on `parameters_to_vector`."""
+    x, labels = images()
+    losses = []
+    for _ in range(STEPS):
+        loss = loss_of(model, x, labels)
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        step = nn.utils.parameters_to_vector([gradient.contiguous() for gradient in gradients])
+        nn.utils.vector_to_parameters(
+            nn.utils.parameters_to_vector(model.parameters()) - 0.3 * step, model.parameters()
+        )
+        losses.append(loss.detach())
+    return losses
+
+
+def functional_call(model: nn.Module) -> list[Tensor]:
+    """Parameters outside the module, gradients by torch.func; brought back at the end."""
+    model.norm.eval()  # type: ignore[union-attr] - torch.func forbids the running statistics' updates
+    x, labels = images()
+    parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def loss_at(parameters: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(model, parameters, (x,)), labels)
+
+    losses = []
+    for _ in range(STEPS):
+        gradients, loss = torch.func.grad_and_value(loss_at)(parameters)
+        parameters = {name: p - 0.3 * gradients[name] for name, p in parameters.items()}
+        losses.append(loss.detach())
+    model.load_state_dict(parameters, strict=False)
+    return losses
+
+
+def unfrozen(model: nn.Module) -> list[Tensor]:
+    """The head alone first; then everything."""
+    optimizer = sgd(model.parameters())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)  # type: ignore[union-attr]
+    losses = train(model, optimizer, 2)
+    assert {n for n, p in model.named_parameters() if not torch.equal(p, before[n])} == {"head.weight", "head.bias"}
+    model.requires_grad_(True)
+    return losses + train(model, optimizer)
+
+
+def synchronised(model: nn.Module) -> list[Tensor]:
+    model.norm = nn.SyncBatchNorm.convert_sync_batchnorm(model.norm)  # type: ignore[assignment, arg-type]
+    whole = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert whole is model
+    assert isinstance(model.norm, nn.SyncBatchNorm)
+    return train(model)
+
+
+def resumed(model: nn.Module) -> list[Tensor]:
+    """Half the way, the model and the optimizer through state dicts, and on."""
+    optimizer = sgd(model.parameters())
+    first = train(model, optimizer, STEPS // 2)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.1)
+    model.load_state_dict(saved["model"])
+    again = sgd(model.parameters())
+    again.load_state_dict(saved["optimizer"])
+    return first + train(model, again, STEPS // 2)
+
+
+WAYS: dict[str, Way] = {
+    "SGD": train,
+    "AdamW foreach": partial(adamw, foreach=True),
+    "AdamW fused": partial(adamw, fused=True),
+    "L-BFGS": lbfgs,
+    "parameters_to_vector": vector_descent,
+    "AMP bf16": partial(mixed_precision, dtype=torch.bfloat16),
+    "AMP fp16, GradScaler": partial(mixed_precision, dtype=torch.float16),
+    "channels_last": channels_last,
+    "checkpointing, reentrant": partial(checkpointed, reentrant=True),
+    "checkpointing, non-reentrant": partial(checkpointed, reentrant=False),
+    "gradient accumulation": accumulated,
+    "gradient clipping": clipped,
+    "torch.compile": partial(compiled, backend="aot_eager"),
+    "Module.compile": compiled_in_place,
+    "functional_call": functional_call,
+    "freezing, unfreezing": unfrozen,
+    "SyncBatchNorm": synchronised,
+    "resumed": resumed,
+}
+
+
+@both_kinds
+@pytest.mark.parametrize("d_mul", ["K", "K+3"])
+@pytest.mark.parametrize("way", WAYS)
+def test_way(way: str, kind: str, d_mul: str) -> None:
+    plain = NETS[kind]()
+    model = converted(plain, d_mul=d_mul)
+    expected, losses = WAYS[way](plain), WAYS[way](model)
+    assert_trained(model, losses, expected)
+    assert_folds(model, plain)
+
+
+@pytest.mark.zoo  # half a minute of a C++ compiler
+def test_compiled_by_inductor() -> None:
+    """The generated code rounds in its own order; otherwise as above."""
+    plain = NETS["layers"]()
+    model = converted(plain)
+    expected, losses = train(plain), compiled(model, "inductor")
+    assert torch.allclose(losses[0], expected[0], rtol=1e-5)
+    assert losses[-1] < losses[0] - 0.1
+    assert least_moved_d(model) > MOVED
+    assert_folds(model, plain)
+
+
+@both_kinds
+def test_one_graph_for_training_and_for_eval(kind: str) -> None:
+    """No graph breaks and no recompilations from our layers, whatever D does."""
+    graphs = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    model = converted(NETS[kind](norm="group"))
+    fast = torch.compile(model, fullgraph=True, backend=count)
+    train(fast)
+    with torch.no_grad():
+        outputs = fast.eval()(images()[0])
+        assert difference(outputs, model(images()[0])) < 1e-6
+    assert len(graphs) == 2
+
+
+@both_kinds
+def test_averaged_models(kind: str) -> None:
+    """An EMA of the converted model has every D and folds as it is; it is not the EMA of folded kernels."""
+    plain = NETS[kind]()
+    model = converted(plain, d_mul="K+3")
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.8), use_buffers=True)
+    optimizer = sgd(model.parameters())
+    for _ in range(STEPS):
+        train(model, optimizer, 1)
+        averaged.update_parameters(model)
+    own, followed = dict(model.named_parameters()), dict(averaged.module.named_parameters())
+    assert own.keys() == followed.keys()
+    assert not any(torch.equal(own[name], followed[name]) for name in own)
+    assert least_moved_d(averaged.module) > MOVED
+    assert_folds(averaged.module, plain)
+
+
+@both_kinds
+def test_the_averaged_state_is_folded_as_it_is(tmp_path: Path, kind: str) -> None:
+    """D W is not linear in both: the mean of two folds is another network than the fold of two means."""
+    model = converted(NETS[kind]())
+    averaged = AveragedModel(model)
+    folds = []
+    optimizer = sgd(model.parameters())
+    for _ in range(2):
+        train(model, optimizer)
+        averaged.update_parameters(model)
+        folds.append(nn.utils.parameters_to_vector(fold(model).parameters()))
+    torch.save(averaged.state_dict(), tmp_path / "ema.pth")
+    out = tmp_path / "out.safetensors"
+    result = run_cli("fold", tmp_path / "ema.pth", "--model", SOURCE.format(kind), "-o", out, "--json")
+    assert result.exit_code == 0, result.output
+    assert "took the averaged weights (there is an 'n_averaged')" in json.loads(result.stdout)["notes"]
+    shipped = NETS[kind]()
+    shipped.load_state_dict(load_file(out))
+    got = nn.utils.parameters_to_vector(shipped.parameters())
+    assert torch.equal(got, nn.utils.parameters_to_vector(fold(averaged.module).parameters()))
+    assert difference(got, torch.stack(folds).mean(0)) > MOVED
+
+
+# Exporting twice takes seconds: the others are long runs.
+PROVEN = [("AMP bf16", "layers"), ("torch.compile", "functional")]
+
+
+@pytest.mark.parametrize(
+    ("way", "kind"),
+    [
+        pytest.param(way, kind, marks=[] if (way, kind) in PROVEN else [pytest.mark.zoo])
+        for way in WAYS
+        for kind in NETS
+    ],
+)
+def test_way_to_a_proven_file(tmp_path: Path, way: str, kind: str) -> None:
+    model = converted(NETS[kind](), d_mul="K+3")
+    WAYS[way](model)
+    torch.save(model.state_dict(), tmp_path / "last.pth")
+    source = ["--model", SOURCE.format(kind)]
+    result = run_cli("fold", tmp_path / "last.pth", *source, "--onnx", tmp_path / "out.onnx", "--json")
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["proven"] is True
+    assert len(document["folded"]) == (3 if kind == "layers" else 2)
+
+
+@both_kinds
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_train_on_alone(kind: str, how: str) -> None:
+    """A deep copy, and a whole model saved by torch.save, go the original's way and share nothing with it."""
+    plain = NETS[kind]()
+    model = converted(plain, d_mul="K+3")
+    train(model)
+    if how == "deepcopy":
+        other = copy.deepcopy(model)
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    losses = train(other)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(*pair) for pair in zip(losses, train(model), strict=True))
+    assert_folds(other, plain)
+
+
+@both_kinds
+def test_an_ensemble_under_vmap(kind: str) -> None:
+    """Three nets in one: losses and gradients of each are those of the net alone, and it folds."""
+    plain = NETS[kind](norm="group")
+    models = [converted(plain, d_mul="K+3", seed=seed).double() for seed in range(3)]
+    for steps, model in enumerate(models, 1):
+        train(model, steps=steps)
+    parameters, buffers = torch.func.stack_module_state(models)
+    base = copy.deepcopy(models[0]).to("meta")
+    x, labels = images()
+    x = x.double()
+
+    def loss_at(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(base, (parameters, buffers), (x,)), labels)
+
+    gradients, losses = torch.vmap(torch.func.grad_and_value(loss_at))(parameters, buffers)
+    for index, model in enumerate(models):
+        loss = loss_of(model, x, labels)
+        alone = torch.autograd.grad(loss, list(model.parameters()))
+        assert difference(losses[index], loss) < ROUNDING
+        for (name, _), gradient in zip(model.named_parameters(), alone, strict=True):
+            assert difference(gradients[name][index], gradient) < 1e-9
+        assert_folds(model, plain.double())
+
+
+@both_kinds
+@pytest.mark.parametrize("d_mul", ["K", "K+3"])
+def test_batch_norm_fused_into_a_layer(kind: str, d_mul: str) -> None:
+    """torch fuses into the attribute `weight`. An overlay's is the composed kernel: right at any D_mul. A DOConv
+    layer's is W's first K slots, and the kernel is linear in W: right at D_mul = K; with weight_extra fold first."""
+    plain = nn.Sequential(NETS[kind]().get_submodule("grouped" if kind == "layers" else "bounded"), nn.BatchNorm2d(8))
+    model: Any = to_doconv(plain, d_mul=d_mul).double()
+    x = torch.randn(4, 8, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    optimizer = sgd(model.parameters())
+    for _ in range(4):
+        loss = (model(x) - x.roll(1, 1)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    assert least_moved_d(model) > MOVED
+    expected = model[1](unclamped(model[0], x))
+    fused = unclamped(fuse_conv_bn_eval(model[0], model[1]), x)
+    if kind == "layers" and d_mul == "K+3":
+        assert difference(fused, expected) > MOVED
+        folded: Any = fold(model)
+        fused = unclamped(fuse_conv_bn_eval(folded[0], folded[1]), x)
+    assert difference(fused, expected) < ROUNDING
+
+
+def unclamped(layer: Any, x: Tensor) -> Tensor:
+    """The layer's convolution alone: batch norm moves through that, not through a clamp."""
+    kernel = layer.effective_kernel() if isinstance(layer, DOConv2d) else layer.weight
+    return F.conv2d(x, kernel, layer.bias, 1, 1, 1, 2)
