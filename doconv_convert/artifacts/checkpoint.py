@@ -210,10 +210,11 @@ def _is_pickle(path: str) -> bool:
     """Whether torch.load is to read it; also where the end of a zip file is lost."""
     try:
         with open(path, "rb") as file:
-            head = file.read(2)
+            head = file.read(9)
     except OSError as error:
         raise DoconvError(f"'{path}' cannot be read ({error.strerror}); expected a checkpoint file.") from error
-    return head == b"PK" or head[:1] == b"\x80"
+    # safetensors starts with its header's length, which may end in 0x80 like a pickle, and the header's brace
+    return head[:2] == b"PK" or (head[:1] == b"\x80" and head[4:] != b"\0\0\0\0{")
 
 
 def _read_safetensors(path: str) -> Checkpoint:

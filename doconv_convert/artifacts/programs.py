@@ -6,9 +6,11 @@ the user names it on the command line.
 
 from __future__ import annotations
 
+import logging
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +29,7 @@ def load_program(path: str) -> nn.Module:
     if not Path(path).is_file():
         raise DoconvError(f"'{path}' is no file; expected an exported program (torch.export.save).")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _silenced("torch.export"):
             warnings.simplefilter("ignore")
             program = torch.export.load(path)
     except Exception as error:  # zip, JSON and unpickling errors of many kinds
@@ -95,6 +97,18 @@ def untied_notes(program: nn.Module) -> tuple[str, ...]:
             f"'{one}' and '{other}' hold the same values: tied weights come back untied from a {SUFFIX}; {how}"
         )
     return tuple(notes)
+
+
+@contextmanager
+def _silenced(name: str) -> Iterator[None]:
+    """Its exceptions say what matters; the log repeats them with their tracebacks."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _read_parameters(program: Any) -> Sequence[str]:
