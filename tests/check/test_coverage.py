@@ -1,16 +1,19 @@
 """Coverage: the predicted movement is the real one, and a kernel that cannot be seen is not counted as seen."""
 
+import copy
 import math
 from pathlib import Path
 
 import pytest
 import torch
 from support import build_model, varied_images
-from support_cli import trained_tiny
+from support_cli import run_cli, tiny_file, trained_tiny, write_model
 from torch import Tensor, nn
 
 from doconv_convert import fold
+from doconv_convert.artifacts.onnx_export import export_onnx
 from doconv_convert.check.coverage import RELATIVE_CHANGE, Coverage, perturbation, sensitivity
+from doconv_convert.check.proof import Status, check_coverage, prove
 from doconv_convert.check.torch_side import torch_side
 
 # Predicted by one random direction against the root mean square of 16 real changes: 0.83 to 1.33 over 20 kernels.
@@ -128,3 +131,53 @@ def test_two_outputs_are_not_seen_twice() -> None:
     once = sensitivity([kernel * 2], [1.0], {"k": kernel}).reach["k"]
     often = sensitivity([kernel * 2] * 16, [1.0] * 16, {"k": kernel}).reach["k"]
     assert once == pytest.approx(often, rel=0.1)
+
+
+class Silent(nn.Module):
+    """One kernel runs, but its result is thrown away; one runs in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main = nn.Conv2d(2, 4, 3)
+        self.unused = nn.Conv2d(2, 4, 3)
+        self.auxiliary = nn.Conv2d(2, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.unused(x)
+        y: Tensor = self.main(x)
+        return y + self.auxiliary(x) if self.training else y
+
+
+def test_a_kernel_that_runs_without_effect_is_blind_not_unreached() -> None:
+    model = Silent().eval()
+    coverage = Coverage(torch_side(model, fold(model), (varied_images(3, 2, 8, 8),), 3).reach)
+    assert coverage.reach["unused"] == 0.0
+    assert (coverage.seen, coverage.blind, coverage.unreached) == (["main"], ["unused"], ["auxiliary"])
+
+
+def test_only_coverage_catches_a_fault_in_a_faint_kernel(branches: Branches, tmp_path: Path) -> None:
+    """The same wrong kernel in both files: graph, MACs and outputs see nothing, and its gradient is not zero."""
+    x = varied_images(3, 2, 8, 8)
+    model = fold(branches)
+    side = torch_side(branches, copy.deepcopy(model), (x,), 3)
+    with torch.no_grad():
+        model.faint.weight.mul_(1.5)
+    export_onnx(model, (x[:2],), tmp_path / "m.onnx")
+    folded = Status("fold", "passed", "")
+    for minimum, states in ((0.0, set()), (0.6, set()), (1.0, {"coverage"})):
+        proof = prove(tmp_path / "m.onnx", tmp_path / "m.onnx", side, folded, min_coverage=minimum)
+        assert {status.name for status in proof.statuses if status.state == "failed"} == states
+        (status,) = [status for status in proof.statuses if status.name == "coverage"]
+        assert [finding.split()[0] for finding in status.findings] == ["'faint'", "'auxiliary'"]
+    assert "67% of those that run; --min-coverage asks for 100%; pass --input" in status.detail
+    assert "'auxiliary' only runs in training" in status.findings
+    without_graph = check_coverage(side, "failed", "passed")
+    assert without_graph.state == "failed"
+
+
+def test_min_coverage_on_the_command_line(tmp_path: Path) -> None:
+    source = f"{tiny_file(tmp_path)}:tiny"
+    write_model(trained_tiny(tmp_path), tmp_path / "t.pth")
+    made = run_cli("fold", tmp_path / "t.pth", "--model", source, "--onnx", tmp_path / "m.onnx", "--min-coverage", 1)
+    assert made.exit_code == 0, made.stderr
+    assert run_cli("fold", tmp_path / "t.pth", "--model", source, "-o", "x", "--min-coverage", 2).exit_code == 2
