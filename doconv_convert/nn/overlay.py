@@ -40,7 +40,9 @@ def is_overlaid(module: nn.Module) -> bool:
 
 def stored_kernels(module: nn.Module) -> tuple[StoredKernel, ...]:
     """The over-parameterized kernels of a DOConv layer or an overlaid module; () for any other module."""
-    return getattr(module, "stored_kernels", ()) if not isinstance(module, fx.GraphModule) else ()
+    # Asked of the class: wrappers (torch.compile, checkpoint_wrapper) pass attributes of what they wrap for their own.
+    ours = hasattr(type(module), "stored_kernels") and not isinstance(module, fx.GraphModule)
+    return cast("tuple[StoredKernel, ...]", module.stored_kernels) if ours else ()
 
 
 def read_factors(module: nn.Module, kernel: StoredKernel) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -51,7 +51,7 @@ class CachedKernel:
             kernel.register_hook(self._note_gradient)  # type: ignore[no-untyped-call]
 
     def read(self) -> Tensor:
-        if torch.is_grad_enabled() and not self.checkpointed:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not self.checkpointed:
             # torch's only mark of a non-reentrant checkpointed region is the hooks it puts on saved tensors.
             hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
             self.checkpointed = hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from doconv_convert import DoconvError, param_groups, to_doconv
+from doconv_convert import DoconvError, cached, param_groups, to_doconv
 
 
 @pytest.fixture
@@ -78,6 +78,14 @@ def test_wrapped_after_the_conversion(wrapper: str, kind: str) -> None:
     losses = train(WRAPPERS[wrapper][0](model))
     assert losses[-1] < losses[0] - 0.1
     assert least_moved_d(model) > MOVED
+
+
+@pytest.mark.parametrize("kind", NETS)
+@pytest.mark.usefixtures("process_group")
+def test_cached_refuses_shards(kind: str) -> None:
+    model = sharded(converted(NETS[kind]()))
+    with pytest.raises(DoconvError, match="is wrapped by fully_shard: its parameters are shards"), cached(model):
+        pass
 
 
 @pytest.mark.parametrize("kind", NETS)

@@ -13,7 +13,7 @@ import pytest
 import support_training
 import torch
 from safetensors.torch import load_file
-from support import difference
+from support import difference, is_d, run
 from support_cli import run_cli
 from support_training import (
     MOVED,
@@ -30,12 +30,13 @@ from support_training import (
     train,
 )
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from doconv_convert import DOConv2d, fold, to_doconv
+from doconv_convert import DOConv2d, cached, fold, param_groups, to_doconv
 
 SOURCE = f"{support_training.__file__}:{{}}"
 both_kinds = pytest.mark.parametrize("kind", NETS)
@@ -271,6 +272,62 @@ def test_one_graph_for_training_and_for_eval(kind: str) -> None:
         outputs = fast.eval()(images()[0])
         assert difference(outputs, model(images()[0])) < 1e-6
     assert len(graphs) == 2
+
+
+# dynamo asks every input of a graph for its gradient
+reads_no_leaf = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+
+@both_kinds
+@reads_no_leaf
+def test_cached_in_a_compiled_model(kind: str) -> None:
+    """One graph for every scope, and the same steps as without."""
+    graphs = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    model = converted(NETS[kind]())
+    expected = train(copy.deepcopy(model))
+    fast = torch.compile(model, fullgraph=True, backend=count)
+    x, labels = images()
+    optimizer = sgd(model.parameters())
+    for step in range(STEPS):
+        with cached(model):
+            loss = loss_of(fast, x, labels)
+            optimizer.zero_grad()
+            loss.backward()
+        optimizer.step()
+        assert torch.allclose(loss, expected[step], rtol=1e-5)
+    assert len(graphs) == 1
+
+
+def wrap_one(model: nn.Module) -> nn.Module:
+    name = "first" if hasattr(model, "first") else "bounded"
+    setattr(model, name, checkpoint_wrapper(getattr(model, name)))
+    return model
+
+
+@both_kinds
+@reads_no_leaf
+@pytest.mark.parametrize("wrap", [partial(torch.compile, backend="eager"), wrap_one, nn.DataParallel])
+def test_wrappers_own_no_kernels(kind: str, wrap: Callable[[nn.Module], Any]) -> None:
+    """They answer for attributes of what they wrap; a wrapped model folds, is grouped and cached like a bare one."""
+    torch.compiler.reset()
+    model = converted(NETS[kind]())
+    train(model)
+    x = images()[0]
+    expected = run(model.eval(), x)
+    wrapped = wrap(copy.deepcopy(model))
+    own, other = (param_groups(one)[1]["params"] for one in (wrapped, model))
+    assert [p.shape for p in own] == [p.shape for p in other]
+    with cached(wrapped), torch.no_grad():
+        assert torch.equal(wrapped(x), expected)
+    folded = fold(wrapped)
+    assert not any(is_d(name) for name, _ in folded.named_parameters())
+    assert difference(run(folded, x), expected) < 1e-6
 
 
 @both_kinds
