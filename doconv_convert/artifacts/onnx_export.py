@@ -123,6 +123,8 @@ def _dynamo(
         )
         if program is None:
             raise DoconvError("the exporter returned no model; update torch")
+        if output_names is None and program.exported_program is not None:
+            _name_by_key(program.model, program.exported_program.call_spec.out_spec)
         return program.model
 
     try:
@@ -135,6 +137,22 @@ def _dynamo(
         return run(asked)
     except Exception as error:
         raise _cannot_export(module, error) from error
+
+
+def _name_by_key(model: ir.Model, structure: pytree.TreeSpec | None) -> None:
+    """Outputs that the model returns in a dict are named by their keys, which say more than an operator's name."""
+    outputs = model.graph.outputs
+    if structure is None or structure.num_leaves != len(outputs):
+        return
+    taken = {value.name for value in model.graph.inputs} | {
+        value.name for node in model.graph for value in node.outputs
+    }
+    paths = pytree.tree_flatten_with_path(pytree.tree_unflatten(outputs, structure))[0]
+    for path, value in paths:
+        name = "_".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in path)
+        if path and isinstance(path[0], pytree.MappingKey) and value.producer() and name not in taken:
+            value.name = name
+            taken.add(name)
 
 
 def _torchscript(

@@ -470,3 +470,16 @@ def test_what_cannot_be_stored_leaves_the_old_file(tmp_path: Path) -> None:
         with pytest.raises(DoconvError, match="cannot write"):
             save(nn.Conv2d(1, 1, 3), place)
     assert names(folder) == ["a.safetensors"]
+
+
+def test_a_header_whose_length_begins_like_a_pickle_is_no_pickle(tmp_path: Path) -> None:
+    """One file in 32: safetensors pads its header to a multiple of 8, and a pickle begins with 0x80."""
+    path, model = tmp_path / "a.safetensors", to_doconv(tiny(tmp_path))
+    for length in range(1, 300):
+        save(model, path, source=f"{'a' * length}:tiny")
+        if path.read_bytes()[0] == 0x80:
+            break
+    assert path.read_bytes()[0] == 0x80
+    recipe = read_checkpoint(path).recipe
+    assert recipe is not None
+    assert len(recipe.sites) == 4

@@ -105,6 +105,7 @@ def test_from_the_file_to_a_proven_onnx(files: Path, tmp_path: Path) -> None:
     assert document["proven"]
     assert any("come back untied" in note for note in document["notes"])
     assert document["export"]["inputs"] == [["image", ["batch", 3, 12, 12]]]
+    assert [name for name, _ in document["export"]["outputs"]] == ["mean", "map"]
     assert len(document["proof"]["outputs"]) == 2
     network = Tied(tie=False).eval()
     network.load_state_dict(read_file(plain)[0])
