@@ -27,6 +27,7 @@ from doconv_convert.artifacts.recipe import (
 from doconv_convert.artifacts.sources import Source, build, parse_source
 from doconv_convert.errors import DoconvError
 from doconv_convert.nn.composition import memory_format
+from doconv_convert.nn.stored import refuse_shards
 from doconv_convert.rewrite.sites import Options
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
@@ -55,6 +56,7 @@ def save(model: nn.Module, path: str | Path, *, source: Source | str | None = No
     `source` ("torchvision:resnet18", ...) lets `load` and the command line rebuild the model without being told.
     Raises DoconvError for a state that is not tensors, is on the meta device, or cannot be written.
     """
+    refuse_shards(model, "save it with torch.distributed.checkpoint")
     source = parse_source(source) if isinstance(source, str) else source
     stored: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}

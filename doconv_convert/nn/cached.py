@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from doconv_convert.errors import DoconvError
 from doconv_convert.nn.composition import compose_kernel
 from doconv_convert.nn.overlay import read_factors, stored_kernels
-from doconv_convert.nn.stored import CachedKernel
+from doconv_convert.nn.stored import CachedKernel, refuse_shards
 
 
 @dataclass
@@ -65,13 +65,10 @@ def cached(model: nn.Module) -> Iterator[None]:
 
 
 def _refuse(model: nn.Module) -> None:
+    refuse_shards(model, "train it without cached()")
     for path, module in model.named_modules():
-        name = path or type(model).__name__
-        if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
-            raise DoconvError(
-                f"'{name}' is wrapped by fully_shard: its parameters are shards; train it without cached()."
-            )
         if "_cached_kernels" in module.__dict__:
+            name = path or type(model).__name__
             raise DoconvError(f"'{name}' is inside a cached() scope already; leave that one first.")
 
 

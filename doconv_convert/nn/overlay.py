@@ -42,7 +42,7 @@ def stored_kernels(module: nn.Module) -> tuple[StoredKernel, ...]:
     """The over-parameterized kernels of a DOConv layer or an overlaid module; () for any other module."""
     # Asked of the class: wrappers (torch.compile, checkpoint_wrapper) pass attributes of what they wrap for their own.
     ours = hasattr(type(module), "stored_kernels") and not isinstance(module, fx.GraphModule)
-    return cast("tuple[StoredKernel, ...]", module.stored_kernels) if ours else ()
+    return getattr(module, "stored_kernels", ()) if ours else ()
 
 
 def read_factors(module: nn.Module, kernel: StoredKernel) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from doconv_convert.errors import DoconvError
 from doconv_convert.nn.composition import draw_weight_extra
 
 SLOTS_SUFFIX = "_first_slots"
@@ -59,6 +60,14 @@ class CachedKernel:
 
     def _note_gradient(self, gradient: Tensor) -> None:
         self.has_gradient = True
+
+
+def refuse_shards(model: nn.Module, instead: str) -> None:
+    """Raises DoconvError for a model that FSDP2 shards: no process has its parameters whole."""
+    for path, module in model.named_modules():
+        if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
+            name = path or type(module).__name__
+            raise DoconvError(f"'{name}' is wrapped by fully_shard: its parameters are shards; {instead}.")
 
 
 def new_factors(

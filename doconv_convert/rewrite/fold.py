@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from doconv_convert.nn.stored import refuse_shards
 from doconv_convert.rewrite.convert import copy_model
 from doconv_convert.rewrite.foreign import Foreign, find_foreign, replace_foreign
 from doconv_convert.rewrite.passes import fold_kernels
@@ -40,8 +41,9 @@ def fold(
         The folded model: classes, keys, order, shapes and dtypes of the original.
 
     Raises:
-        DoconvError: a kernel that is not finite; nothing was changed then.
+        DoconvError: a kernel that is not finite, or a model that FSDP2 shards; nothing was changed then.
     """
+    refuse_shards(model, "save it with torch.distributed.checkpoint and fold that folder")
     model = model if inplace else copy_model(model)
     return fold_in_place(model, constant_kernels=constant_kernels, check_first=inplace).model
 

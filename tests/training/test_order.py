@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from doconv_convert import DoconvError, cached, param_groups, to_doconv
+from doconv_convert import DoconvError, cached, fold, param_groups, save, to_doconv
 
 
 @pytest.fixture
@@ -82,10 +82,17 @@ def test_wrapped_after_the_conversion(wrapper: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", NETS)
 @pytest.mark.usefixtures("process_group")
-def test_cached_refuses_shards(kind: str) -> None:
+def test_shards_are_no_whole_model(tmp_path: Path, kind: str) -> None:
     model = sharded(converted(NETS[kind]()))
-    with pytest.raises(DoconvError, match="is wrapped by fully_shard: its parameters are shards"), cached(model):
+    said = "is wrapped by fully_shard: its parameters are shards; "
+    with pytest.raises(DoconvError, match=f"{said}train it without cached"), cached(model):
         pass
+    for inplace in (False, True):
+        with pytest.raises(DoconvError, match=f"{said}save it with torch.distributed.checkpoint and fold that folder"):
+            fold(model, inplace=inplace)
+    with pytest.raises(DoconvError, match=f"{said}save it with torch.distributed.checkpoint"):
+        save(model, tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 @pytest.mark.parametrize("kind", NETS)
