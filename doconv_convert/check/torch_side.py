@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from doconv_convert.artifacts.inputs import InputSpec, forward_names
 from doconv_convert.artifacts.models import Inputs
 from doconv_convert.artifacts.recipe import recipe_sites
-from doconv_convert.check.coverage import kernels_read, perturbation, sensitivity
+from doconv_convert.check.coverage import kernels_read, least_perturbation, perturbation, sensitivity
 from doconv_convert.check.detections import detection_groups, in_order_of
 from doconv_convert.check.device import full_precision, to_device
 from doconv_convert.check.exact import output_tensors, run_float64, run_inputs
@@ -160,7 +161,8 @@ def _with_coverage(trained: nn.Module, folded: nn.Module, inputs: Any, samples: 
     before = [torch.from_numpy(side.plain[index]) for index in bounds]
     for name, kernel in kernels.items():
         if not reach[name]:  # a gradient that is cut shows nothing about the kernel
-            reach[name] = perturbation(compared, before, list(bounds.values()), kernel)
+            changed = partial(perturbation, compared, before, list(bounds.values()), kernel)
+            reach[name] = least_perturbation(changed)
     unmoved = {name: kernel for name, kernel in kernels.items() if reach[name] is None}
     if unmoved:
         reach |= dict.fromkeys(kernels_read(run, unmoved), 0.0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from doconv_convert import fold
 from doconv_convert.artifacts.onnx_export import export_onnx
-from doconv_convert.check.coverage import RELATIVE_CHANGE, Coverage, perturbation, sensitivity
+from doconv_convert.check.coverage import RELATIVE_CHANGE, Coverage, least_perturbation, perturbation, sensitivity
 from doconv_convert.check.proof import Status, check_coverage, prove
 from doconv_convert.check.torch_side import torch_side
 
@@ -99,6 +99,12 @@ def test_a_kernel_behind_a_cut_gradient_is_found_by_changing_it(branches: Branch
     assert found == pytest.approx(moved(branches, x, branches.cut.weight), rel=FACTOR - 1)
     assert torch.equal(branches.cut.weight, before)
     assert perturbation(lambda: [branches(x)], [plain.detach()], [1.0], branches.auxiliary.weight) is None
+
+
+def test_a_decision_that_only_some_changes_turn_over_is_not_counted_on() -> None:
+    assert least_perturbation({0: 7.0, 1: 0.4, 2: math.inf}.__getitem__) == 0.4
+    assert least_perturbation({0: 7.0, 1: None}.__getitem__) is None
+    assert least_perturbation({0: 7.0, 1: math.inf, 2: 9.0}.__getitem__) == 7.0
 
 
 def test_a_change_of_the_outputs_shape_is_seen() -> None:
