@@ -20,7 +20,7 @@ TOLERANCE = 1e-12
 
 
 class Foreign(nn.Module):
-    """The published layer, from its description: W, D and a stored identity; with groups, output o reads D's group o % g."""
+    """The published layer, from its description: W, D, a stored identity; with groups, output o reads group o % g."""
 
     def __init__(
         self, c_in: int, c_out: int, size: int = 3, *, groups: int = 1, bias: bool = True, mode: str = "zeros"
