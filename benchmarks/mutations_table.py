@@ -43,8 +43,10 @@ def write_table(result: dict[str, Any], path: Path) -> None:
         "Every fault is planted alone in the exported ONNX file of a net that was converted, made lively and folded "
         "as `rehearse` does it (MobileNetV2 also with torchvision's ImageNet weights on photographs), and the file "
         "then goes through the whole proof. `error` means that the file cannot be read at all (exit 1; every other "
-        "failed check exits 3). `coverage` is no catch of its own where the graph failed: kernels that it names as unseen "
-        "then count as unproven.",
+        "failed check exits 3). `coverage` is no catch of its own where the graph failed: kernels that it names as "
+        "unseen then count as unproven.",
+        "",
+        *([result["note"], ""] if "note" in result else []),
         "",
     ]
     if result.get("mutations"):
