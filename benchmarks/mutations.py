@@ -1,7 +1,7 @@
 """The mutation table: faults planted in exported files, and which check of the proof catches each.
 
     python benchmarks/mutations.py [--nets NAME ...] [--seed 0] [--json docs/data/mutations.json] [--resume]
-    python benchmarks/mutations.py --false-alarms [--names resnet18 ...] [--seeds 5]
+    python benchmarks/mutations.py --false-alarms [--nets resnet18 ...] [--seeds 5]
 
 Each net is converted, made lively (as `rehearse` does) and exported once; a fault is an edit of the ONNX file and
 one run of the proof. The tables go to docs/mutations.md.
