@@ -30,6 +30,8 @@ SOURCE = f"{support_training.__file__}:{{}}"
 GROUP_NORM = ["--model-args", '{"norm": "group"}']
 
 both_kinds = pytest.mark.parametrize("kind", NETS)
+# One worker runs torchrun, once, for all tests of this file.
+pytestmark = pytest.mark.xdist_group("distributed")
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +85,17 @@ def test_a_folder_is_read_without_a_process_group(folder: Path, kind: str, name:
     assert difference(run(fold(loaded), x), run(expected, x)) < ROUNDING
 
 
-@pytest.mark.parametrize("kind", [pytest.param("layers", marks=pytest.mark.zoo), "functional"])
-def test_from_a_folder_of_fsdp2_to_a_proven_file_by_one_command(folder: Path, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("engine", "kind"),
+    [
+        pytest.param(engine, kind, marks=[] if (engine, kind) == ("fsdp2", "functional") else [pytest.mark.zoo])
+        for engine in ("ddp", "fsdp2")
+        for kind in NETS
+    ],
+)
+def test_from_a_folder_to_a_proven_file_by_one_command(folder: Path, tmp_path: Path, engine: str, kind: str) -> None:
     result = run_cli(
-        *("fold", folder / f"fsdp2-{kind}-nested", "--model", SOURCE.format(kind), *GROUP_NORM),
+        *("fold", folder / f"{engine}-{kind}-nested", "--model", SOURCE.format(kind), *GROUP_NORM),
         *("--onnx", tmp_path / "out.onnx", "-o", tmp_path / "plain.safetensors", "--json"),
     )
     assert result.exit_code == 0, result.output
