@@ -78,6 +78,7 @@ def main(folder: Path) -> None:
             dcp.save(content, checkpoint_id=folder / f"{name}-nested")
     if dist.get_rank() == 0:
         (folder / "losses.json").write_text(json.dumps(losses))
+    dist.barrier()  # a process that leaves while another still talks to it makes that one abort
     dist.destroy_process_group()
 
 
