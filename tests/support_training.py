@@ -4,6 +4,7 @@
 calls and a Conv subclass with its own forward (they become run-time subclasses).
 """
 
+import io
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -125,6 +126,15 @@ def train(model: Any, optimizer: torch.optim.Optimizer | None = None, steps: int
         optimizer.step()
         losses.append(loss.detach())
     return losses
+
+
+def through_pickle(model: nn.Module) -> nn.Module:
+    """The whole model, saved by torch.save and loaded again."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded: nn.Module = torch.load(file, weights_only=False)
+    return loaded
 
 
 def least_moved_d(model: nn.Module) -> float:

@@ -204,27 +204,17 @@ def check_resized(candidate: Path, side: TorchSide) -> Status:
 
 def prove(
     candidate: Path,
-    baseline: Path | None,
-    side: TorchSide | None,
+    baseline: Path,
+    side: TorchSide,
     fold: Status,
     resized: TorchSide | None = None,
     min_coverage: float = 0.0,
 ) -> Proof:
-    """Every check of one file. Without a torch side the outputs and the coverage are not checked; `resized` are the
-    same models at other sizes of their dynamic dimensions."""
-    proof = Proof(str(candidate), [fold])
-    if baseline is None:
-        proof.statuses.append(Status("graph", "not checked", "there is no plain original to compare with"))
-        proof.macs = count_macs(candidate).total
-        proof.statuses.append(Status("macs", "not checked", format_macs(proof.macs)))
-    else:
-        proof.statuses.append(check_graph(baseline, candidate))
-        status, count = check_macs(baseline, candidate, [] if side is None else side.inputs)
-        proof.statuses.append(status)
-        proof.macs = count.total
-    if side is None:
-        proof.statuses.append(Status("outputs", "not checked", "no weights were given"))
-        return proof
+    """Every check of one file; `resized` are the same models at other sizes of their dynamic dimensions."""
+    proof = Proof(str(candidate), [fold, check_graph(baseline, candidate)])
+    status, count = check_macs(baseline, candidate, side.inputs)
+    proof.statuses.append(status)
+    proof.macs = count.total
     try:
         status, proof.outputs = check_outputs(candidate, side)
     except DoconvError as error:

@@ -1,7 +1,6 @@
 """From every way of training to a proven ONNX file, by the command line."""
 
 import copy
-import io
 import json
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 import support_training
 import torch
 from support_cli import run_cli
-from support_training import MOVED, NETS, converted, least_moved_d, sgd, train
+from support_training import MOVED, NETS, converted, least_moved_d, sgd, through_pickle, train
 from support_ways import WAYS
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -62,13 +61,7 @@ def test_averaged_model(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copy(tmp_path: Path, kind: str, how: str) -> None:
     model = converted(NETS[kind](), d_mul="K+3")
-    if how == "deepcopy":
-        other = copy.deepcopy(model)
-    else:
-        file = io.BytesIO()
-        torch.save(model, file)
-        file.seek(0)
-        other = torch.load(file, weights_only=False)
+    other = copy.deepcopy(model) if how == "deepcopy" else through_pickle(model)
     train(other)
     assert_proven(other, kind, tmp_path)
 

@@ -2,7 +2,6 @@
 moves D, and folds exactly."""
 
 import copy
-import io
 import json
 from collections.abc import Callable
 from functools import partial
@@ -27,6 +26,7 @@ from support_training import (
     least_moved_d,
     loss_of,
     sgd,
+    through_pickle,
     train,
 )
 from support_ways import WAYS, compiled
@@ -187,13 +187,7 @@ def test_copies_train_on_alone(kind: str, how: str) -> None:
     plain = NETS[kind]()
     model = converted(plain, d_mul="K+3")
     train(model)
-    if how == "deepcopy":
-        other = copy.deepcopy(model)
-    else:
-        file = io.BytesIO()
-        torch.save(model, file)
-        file.seek(0)
-        other = torch.load(file, weights_only=False)
+    other = copy.deepcopy(model) if how == "deepcopy" else through_pickle(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     losses = train(other)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
