@@ -12,9 +12,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import chain, repeat
 from pathlib import Path
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from doconv_convert.artifacts.onnx_export import ExportReport
 
 
+# torch gives back little memory: a fresh process takes over after so many exports.
+_JOBS_A_PROCESS = 8
 _PATHS = ("state_file", "inputs_file", "path", "checkpoint")
 
 
@@ -59,20 +62,85 @@ class ExportJob:
     exclude: Sequence[str] = ()
 
 
-Child = subprocess.Popen[str]
+class Child:
+    """A process that exports: it imports torch while the caller is still busy, and takes one job after another.
+
+    With `reuse` it lives on after a job, else `export_in_child` closes it; a closed one starts anew when needed.
+    """
+
+    def __init__(self, *, reuse: bool = False) -> None:
+        self.reuse = reuse
+        self._jobs = 0
+        self._start()
+
+    def export(self, job: ExportJob) -> ExportReport:
+        """Raises what `export_onnx` and `build` raise, and DoconvError where the process dies, with its last words."""
+        if self._process.poll() is not None:
+            self._start()
+        answer = self._ask(json.dumps(_job_to_json(job)))
+        self._jobs += 1
+        if not answer:
+            raise _death(job, *self._end())
+        if self._jobs == _JOBS_A_PROCESS:
+            self.close()
+        fields = json.loads(answer)
+        if "report" not in fields:
+            raise UsageError(fields["usage"]) if "usage" in fields else DoconvError(fields["error"])
+        return _report_from_json(fields["report"])
+
+    def close(self) -> None:
+        """Ends the process, in the middle of a job too."""
+        self._process.kill()
+        self._end()
+
+    def _start(self) -> None:
+        # the parent's import path and nothing else: a folder `timm` where the user stands must not win
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        self._words = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (a pipe could fill up)
+        self._jobs = 0
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "doconv_convert.artifacts.export_child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._words,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            # An export is Python's work, not OpenMP's: threads of several processes only wait for each other, spinning.
+            env=os.environ
+            | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"},
+        )
+
+    def _ask(self, line: str) -> str:
+        """The answer's line; empty where the process died."""
+        questions, answers = self._process.stdin, self._process.stdout
+        if questions is None or answers is None:
+            return ""
+        with suppress(BrokenPipeError):
+            questions.write(line + "\n")
+            questions.flush()
+        return answers.readline()
+
+    def _end(self) -> tuple[int, str]:
+        """The exit code of the process that ends, and what it said."""
+        with suppress(BrokenPipeError):
+            self._process.communicate()
+        if self._words.closed:
+            return self._process.returncode, ""
+        with self._words:
+            self._words.seek(0)
+            return self._process.returncode, self._words.read()
 
 
 @contextmanager
-def waiting_children(count: int) -> Iterator[list[Child]]:
-    """Children that import torch while the caller is still busy; those that get no job are ended."""
-    children = [_start() for _ in range(count)]
+def waiting_children(count: int, *, reuse: bool = False) -> Iterator[list[Child]]:
+    """Children that import torch while the caller is still busy; all are ended with the scope."""
+    children = [Child(reuse=reuse) for _ in range(count)]
     try:
         yield children
     finally:
         for child in children:
-            if child.poll() is None:
-                child.kill()
-            child.communicate()
+            child.close()
 
 
 def export_in_child(
@@ -80,53 +148,35 @@ def export_in_child(
 ) -> list[ExportReport]:
     """Runs each job in its own process, side by side if `parallel`; the reports come in the jobs' order.
 
-    The `waiting` children take the first jobs, new ones the rest. Raises what `export_onnx` and `build` raise,
-    and DoconvError where a process dies, with its last words.
+    The `waiting` children take the first jobs, new ones the rest. One after the other (large models), no process
+    keeps its memory while the next works. Raises what `Child.export` raises.
     """
+
+    def run(job: ExportJob, waiting: Child | None) -> ExportReport:
+        child = waiting or Child()
+        try:
+            return child.export(job)
+        finally:
+            if not (child.reuse and parallel):
+                child.close()
+
     with ThreadPoolExecutor(len(jobs) if parallel and jobs else 1) as threads:
-        return list(threads.map(_run, jobs, chain(waiting, repeat(None))))
+        return list(threads.map(run, jobs, chain(waiting, repeat(None))))
 
 
 def main() -> None:
-    """The child: stdin to stdout. An expected error is an answer too, the rest a traceback on stderr."""
+    """The child: a job a line on stdin, an answer a line on stdout. An expected error is an answer too, the rest a
+    traceback on stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what an exporter or a model prints must not get among the answers
     # This takes seconds, and the job may still be in the making.
     importlib.import_module("doconv_convert.artifacts.onnx_export")
-    try:
-        answer: dict[str, Any] = {"report": asdict(_export(_job_from_json(json.load(sys.stdin))))}
-    except DoconvError as error:
-        answer = {"usage" if isinstance(error, UsageError) else "error": str(error)}
-    with answers:
-        json.dump(answer, answers)
-
-
-def _start() -> Child:
-    # the parent's import path and nothing else: a folder `timm` where the user stands must not win
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    return subprocess.Popen(
-        [sys.executable, "-m", "doconv_convert.artifacts.export_child"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        # An export is Python's work, not OpenMP's: threads of several processes only wait for each other, spinning.
-        env=os.environ
-        | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"},
-    )
-
-
-def _run(job: ExportJob, waiting: Child | None) -> ExportReport:
-    child = waiting or _start()
-    answers, words = child.communicate(json.dumps(_job_to_json(job)))
-    if child.returncode != 0:
-        raise _death(job, child.returncode, words)
-    answer = json.loads(answers)
-    if "report" not in answer:
-        raise UsageError(answer["usage"]) if "usage" in answer else DoconvError(answer["error"])
-    return _report_from_json(answer["report"])
+    for line in sys.stdin:
+        try:
+            answer: dict[str, Any] = {"report": asdict(_export(_job_from_json(json.loads(line))))}
+        except DoconvError as error:
+            answer = {"usage" if isinstance(error, UsageError) else "error": str(error)}
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 def _death(job: ExportJob, code: int, said: str) -> DoconvError:

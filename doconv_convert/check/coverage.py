@@ -11,41 +11,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from doconv_convert.check.outputs import SEEN
-
 RELATIVE_CHANGE = 1e-3
 TRIES = 3
 
 
-@dataclass(frozen=True)
-class Coverage:
-    """Per kernel how far a change of 1e-3 would move the outputs, in units of their bounds: above SEEN it is
-    seen. None: the kernel is not read in eval mode (it only runs in training)."""
-
-    reach: Mapping[str, float | None]
-
-    @property
-    def seen(self) -> list[str]:
-        return [name for name, reach in self.reach.items() if reach is not None and reach > SEEN]
-
-    @property
-    def blind(self) -> list[str]:
-        return [name for name, reach in self.reach.items() if reach is not None and not reach > SEEN]
-
-    @property
-    def unreached(self) -> list[str]:
-        return [name for name, reach in self.reach.items() if reach is None]
+Reach = Mapping[str, float | None]
+"""Per kernel how far a change of 1e-3 would move the outputs, in units of their bounds: above SEEN it is seen.
+None: no gradient reaches it; in a proof, it is not even read in eval mode (it only runs in training)."""
 
 
-def sensitivity(outputs: Sequence[Tensor], absolute_bounds: Sequence[float], kernels: Mapping[str, Tensor]) -> Coverage:
-    """Coverage of `kernels` (leaf tensors with gradients) by float `outputs` computed from them.
+def sensitivity(outputs: Sequence[Tensor], absolute_bounds: Sequence[float], kernels: Mapping[str, Tensor]) -> Reach:
+    """The reach of `kernels` (leaf tensors with gradients) by float `outputs` computed from them.
 
     `absolute_bounds` is, per output, the L2 distance that its comparison allows.
     """
@@ -56,15 +38,14 @@ def sensitivity(outputs: Sequence[Tensor], absolute_bounds: Sequence[float], ker
             direction = torch.randn(output.shape, generator=generator, dtype=output.dtype)
             directed.append((output * direction.to(output.device)).sum() / bound)
     if not directed:
-        return Coverage(dict.fromkeys(kernels))
+        return dict.fromkeys(kernels)
     # Divided by the number of outputs' root: only then does the sum above 1 mean that one of them is.
     total = torch.stack(directed).sum() / math.sqrt(len(directed))
     gradients = torch.autograd.grad(total, list(kernels.values()), allow_unused=True)
-    reach = {
+    return {
         name: None if gradient is None else RELATIVE_CHANGE * float((gradient * kernel.detach()).norm())
         for (name, kernel), gradient in zip(kernels.items(), gradients, strict=True)
     }
-    return Coverage(reach)
 
 
 def perturbation(
@@ -73,8 +54,9 @@ def perturbation(
     absolute_bounds: Sequence[float],
     kernel: Tensor,
     seed: int = 0,
+    change: float = RELATIVE_CHANGE,
 ) -> float | None:
-    """How far a random change of 1e-3 really moves what `run` returns away from `outputs`, in units of the bounds.
+    """How far a random relative `change` really moves what `run` returns away from `outputs`, in units of the bounds.
 
     `kernel` is changed in place for the run and restored. None where nothing moves.
     """
@@ -82,7 +64,7 @@ def perturbation(
     noise = torch.randn(kernel.shape, generator=generator, dtype=kernel.dtype).to(kernel.device)
     before = kernel.detach().clone()
     with torch.no_grad():
-        kernel.mul_(1 + RELATIVE_CHANGE * noise)
+        kernel.mul_(1 + change * noise)
         try:
             moved = run()
         finally:

@@ -14,15 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from doconv_convert.artifacts.recipe import recipe_sites
 from doconv_convert.check.exact import output_tensors
+from doconv_convert.check.rescale import Rescale, rescaling, to_deviation
 from doconv_convert.errors import DoconvError
 from doconv_convert.nn.stored import StoredKernel
 from doconv_convert.rewrite.measure import run_model
 from doconv_convert.rewrite.modes import in_eval
 
 JITTER = 0.05
+# The standard deviation of what convolutions of pooled features give: gates that open and close.
+GATE = 2.0
 # Samples of one batch must differ by more than this part of the output's scale.
 LIVELY = 1e-2
 # A parameter tensor that is constant and below this is a switched-off scale (layer scale, zero-init residual).
@@ -115,21 +119,28 @@ def _switch_on(model: nn.Module, generator: torch.Generator) -> None:
 
 
 def _calibrate(model: nn.Module, inputs: Any) -> None:
-    """One forward in which the batch norms normalise by, and remember, the batch's own statistics."""
+    """One forward in which the batch norms normalise by, and remember, the batch's own statistics, and convolutions of
+    pooled features get the standard deviation GATE: fresh squeeze-and-excite gates hardly open or close, which hides
+    their kernels."""
     norms = _batch_norms(model)
-    if not norms:
-        return
     momenta = [norm.momentum for norm in norms]
     in_eval(model)
     for norm in norms:
         norm.momentum = 1.0
         norm.training = True
     try:
-        run_model(model, inputs)
+        with rescaling({m: Rescale(_gate) for m in model.modules() if isinstance(m, _ConvNd)}):
+            run_model(model, inputs)
     finally:
         in_eval(model)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+
+
+def _gate(output: Tensor) -> float | None:
+    """The factor for a convolution whose output is one position; None for the others."""
+    pooled = output.dim() > 2 and output[0, 0].numel() == 1 and output.numel() > 1
+    return to_deviation(GATE)(output) if pooled else None
 
 
 def _jitter(norm: _BatchNorm, generator: torch.Generator) -> None:

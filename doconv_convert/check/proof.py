@@ -56,6 +56,7 @@ class Proof:
     macs: int | None = None
     outputs: list[OutputCheck] = field(default_factory=list)
     reach: Mapping[str, float | None] = field(default_factory=dict)
+    decides: Sequence[str] = ()
 
     @property
     def failed(self) -> bool:
@@ -80,7 +81,8 @@ class TorchSide:
     """What torch says about the inputs: float64 outputs of the trained model, fp32 outputs of the plain one,
     the batch, and per kernel how far a change of 1e-3 would move them (in units of their bounds).
     `detections` are the outputs that belong together (`detection_groups`); `alone` runs the first n samples in
-    float64, by themselves."""
+    float64, by themselves. `decides` are unseen kernels behind a cut gradient of which a change of their own size
+    shows: they only decide which proposals are kept, and a change of 1e-3 turned no decision over."""
 
     inputs: Sequence[Array]
     truth: Sequence[Array]
@@ -89,6 +91,7 @@ class TorchSide:
     reach: Mapping[str, float | None]
     detections: Sequence[Mapping[str, int]] = ()
     alone: Callable[[int], Sequence[Array]] | None = None
+    decides: frozenset[str] = frozenset()
 
 
 def _without_nan(value: Any) -> Any:
@@ -178,7 +181,7 @@ def check_coverage(side: TorchSide, graph_state: State, fold_state: State, minim
     seen = len(runs) - len(blind)
     detail = f"a change of 1e-3 would show in the outputs for {seen} of {len(side.reach)} kernels"
     findings = (
-        *(f"'{name}' moves them by {value:.2g} bounds" for name, value in blind.items()),
+        *(f"'{name}' moves them by {value:.2g} bounds{_cause(side, name)}" for name, value in blind.items()),
         *(f"'{name}' only runs in training" for name in training),
     )
     if runs and seen < minimum * len(runs):
@@ -190,6 +193,10 @@ def check_coverage(side: TorchSide, graph_state: State, fold_state: State, minim
         detail += f"; {len(findings)} others by the per-site fold check and equal initializer bytes"
         return Status("coverage", "passed", detail, findings)
     return Status("coverage", "failed", f"{detail}; pass --input with real samples", findings)
+
+
+def _cause(side: TorchSide, name: str) -> str:
+    return ": it only decides what is shown" if name in side.decides else ""
 
 
 def check_resized(candidate: Path, side: TorchSide) -> Status:
@@ -222,7 +229,7 @@ def prove(
     proof.statuses.append(status)
     if resized is not None:
         proof.statuses.append(check_resized(candidate, resized))
-    proof.reach = side.reach
+    proof.reach, proof.decides = side.reach, sorted(side.decides)
     proof.statuses.append(check_coverage(side, proof.state("graph"), fold.state, min_coverage))
     return proof
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from doconv_convert.artifacts.checkpoint import save
-from doconv_convert.artifacts.export_child import ExportJob, export_in_child
+from doconv_convert.artifacts.export_child import Child, ExportJob, export_in_child
 from doconv_convert.artifacts.models import Inputs, Opened, find_inputs
 from doconv_convert.artifacts.sources import Source, build, parse_source
 from doconv_convert.artifacts.zoos import model_names
@@ -91,14 +91,18 @@ def rehearse(
     seed: int = 0,
     export: bool = True,
     input_shapes: Sequence[str] = (),
+    waiting: Sequence[Child] = (),
 ) -> Rehearsal:
     """Rehearse one SOURCE: will its conversion, fold, export and proof work?
 
-    Everything runs on random weights from `seed`, made lively. Failures are statuses, not exceptions.
+    Everything runs on random weights from `seed`, made lively. Failures are statuses, not exceptions. The
+    `waiting` children, where there are some, take the exports.
     """
     rehearsal = Rehearsal(source)
     with suppress(_Stop):
-        _run(rehearsal, source, model_args or {}, seed, export, input_shapes)
+        ready = _until_the_fold(rehearsal, source, model_args or {}, seed, input_shapes)
+        if export:
+            _export_and_prove(rehearsal, ready, waiting)
     return rehearsal
 
 
@@ -137,9 +141,19 @@ def _step(rehearsal: Rehearsal, name: str) -> Iterator[Callable[[str], None]]:
     rehearsal.steps.append(Step(name, "passed", detail[0], time.perf_counter() - start))
 
 
-def _run(
-    rehearsal: Rehearsal, text: str, model_args: dict[str, Any], seed: int, export: bool, input_shapes: Sequence[str]
-) -> None:
+@dataclass(frozen=True)
+class _Ready:
+    """What a rehearsal exports: the network as drawn, and the converted, lively one."""
+
+    source: Source
+    original: nn.Module
+    model: nn.Module
+    inputs: Inputs
+
+
+def _until_the_fold(
+    rehearsal: Rehearsal, text: str, model_args: dict[str, Any], seed: int, input_shapes: Sequence[str]
+) -> _Ready:
     with _step(rehearsal, "build"):
         source = parse_source(text, model_args)
         original = in_eval(build(source, seed=seed))
@@ -175,8 +189,7 @@ def _run(
         error = _exact_fold(original, model, example)
         rehearsal.figures["fold_error"] = error
         told(f"folded equals unfolded in float64 to {error:.0e}; classes, keys and order are the original's")
-    if export:
-        _export_and_prove(rehearsal, source, original, model, inputs)
+    return _Ready(source, original, model, inputs)
 
 
 def _movement(model: nn.Module, example: Any) -> float:
@@ -215,23 +228,21 @@ def _distance(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).norm()) / scale if scale else float(a.double().norm())
 
 
-def _export_and_prove(
-    rehearsal: Rehearsal, source: Source, original: nn.Module, model: nn.Module, inputs: Inputs
-) -> None:
+def _export_and_prove(rehearsal: Rehearsal, ready: _Ready, waiting: Sequence[Child]) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with _step(rehearsal, "save"):
-            save(model, folder / "lively.safetensors", source=source)
-            loaded: Loaded = load_trained(folder / "lively.safetensors", source, Options())
+            save(ready.model, folder / "lively.safetensors", source=ready.source)
+            loaded: Loaded = load_trained(folder / "lively.safetensors", ready.source, Options())
         start = time.perf_counter()
         try:
             with _step(rehearsal, "prove") as told:
-                made = release(loaded, inputs, onnx=folder / "out.onnx")
+                made = release(loaded, ready.inputs, onnx=folder / "out.onnx", waiting=waiting)
                 rehearsal.proof = made.proof
                 rehearsal.exporter = made.export.exporter if made.export else None
                 told(_verdict(made.proof))
         except _Stop:
-            if rehearsal.proof is None and (reason := _export_error(source, original, inputs, folder)) is not None:
+            if rehearsal.proof is None and (reason := _export_error(ready, folder)) is not None:
                 rehearsal.steps[-1] = Step("export", CANNOT_EXPORT, reason, time.perf_counter() - start)
             raise
 
@@ -243,19 +254,26 @@ def _verdict(proof: Proof | None) -> str:
     if proof.failed:
         failed = [f"{s.name}: {s.detail}; {'; '.join(s.findings[:3])}" for s in proof.statuses if s.state == "failed"]
         raise DoconvError(" / ".join(failed))
-    blind = [f"'{name}' ({reach:.2g})" for name, reach in proof.reach.items() if reach is not None and not reach > SEEN]
+    runs = {name: reach for name, reach in proof.reach.items() if reach is not None}
+    unseen = [name for name, reach in runs.items() if not reach > SEEN]
+    blind = [f"'{name}' ({runs[name]:.2g})" for name in unseen if name not in proof.decides]
     if blind:
         raise DoconvError(f"{len(blind)} kernels would not show in the outputs: {', '.join(blind[:3])}")
-    seen = sum(reach is not None for reach in proof.reach.values())
-    return f"proven; {seen} of {len(proof.reach)} kernels seen, the others only run in training"
+    told = f"proven; {len(runs) - len(unseen)} of {len(proof.reach)} kernels seen"
+    if unseen:
+        told += f"; only decides what is shown: {', '.join(unseen)}"
+    if len(runs) < len(proof.reach):
+        told += f"; {len(proof.reach) - len(runs)} only run in training"
+    return told
 
 
-def _export_error(source: Source, original: nn.Module, inputs: Inputs, folder: Path) -> str | None:
+def _export_error(ready: _Ready, folder: Path) -> str | None:
     """Why the untouched original cannot be exported either; None where it can."""
-    save(original, folder / "original.safetensors")
+    inputs = ready.inputs
+    save(ready.original, folder / "original.safetensors")
     write_inputs(folder / "inputs.npz", inputs.tensors(inputs.export_batch))
     job = ExportJob(
-        source,
+        ready.source,
         folder / "original.safetensors",
         folder / "inputs.npz",
         folder / "original.onnx",

@@ -19,7 +19,7 @@ from doconv_convert.check.coverage import kernels_read, least_perturbation, pert
 from doconv_convert.check.detections import detection_groups, in_order_of
 from doconv_convert.check.device import full_precision, to_device
 from doconv_convert.check.exact import output_tensors, run_float64, run_inputs
-from doconv_convert.check.outputs import bound_for, relative_error
+from doconv_convert.check.outputs import SEEN, bound_for, relative_error
 from doconv_convert.check.proof import TorchSide
 from doconv_convert.errors import DoconvError, UsageError
 from doconv_convert.rewrite.discover import discover
@@ -157,16 +157,19 @@ def _with_coverage(trained: nn.Module, folded: nn.Module, inputs: Any, samples: 
         outputs = in_order_of(side.plain, [_array(t) for t in run()], side.detections)
         return [torch.from_numpy(outputs[index]) for index in bounds]
 
-    reach = dict(sensitivity([runs.plain[index] for index in bounds], list(bounds.values()), kernels).reach)
+    reach = dict(sensitivity([runs.plain[index] for index in bounds], list(bounds.values()), kernels))
+    cut = {name for name in kernels if reach[name] is None}
     before = [torch.from_numpy(side.plain[index]) for index in bounds]
+    moved_by = partial(perturbation, compared, before, list(bounds.values()))
     for name, kernel in kernels.items():
         if not reach[name]:  # a gradient that is cut shows nothing about the kernel
-            changed = partial(perturbation, compared, before, list(bounds.values()), kernel)
-            reach[name] = least_perturbation(changed)
+            reach[name] = least_perturbation(partial(moved_by, kernel))
     unmoved = {name: kernel for name, kernel in kernels.items() if reach[name] is None}
     if unmoved:
         reach |= dict.fromkeys(kernels_read(run, unmoved), 0.0)
-    return replace(side, reach=reach)
+    hidden = [name for name in cut if (value := reach[name]) is not None and not value > SEEN]
+    decides = [name for name in hidden if (moved_by(kernels[name], change=1.0) or 0.0) > SEEN]
+    return replace(side, reach=reach, decides=frozenset(decides))
 
 
 def _float32_kernels(folded: nn.Module, trained: nn.Module) -> Mapping[str, Tensor]:

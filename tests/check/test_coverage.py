@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from doconv_convert import fold
 from doconv_convert.artifacts.onnx_export import export_onnx
-from doconv_convert.check.coverage import RELATIVE_CHANGE, Coverage, least_perturbation, perturbation, sensitivity
+from doconv_convert.check.coverage import RELATIVE_CHANGE, least_perturbation, perturbation, sensitivity
+from doconv_convert.check.outputs import SEEN
 from doconv_convert.check.proof import Status, check_coverage, prove
 from doconv_convert.check.torch_side import torch_side
 
@@ -37,6 +39,12 @@ def convolutions(model: nn.Module) -> dict[str, Tensor]:
     return {name: m.weight for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
 
 
+def seen_blind_unreached(reach: Mapping[str, float | None]) -> tuple[list[str], list[str], list[str]]:
+    runs = {name: value for name, value in reach.items() if value is not None}
+    seen = [name for name, value in runs.items() if value > SEEN]
+    return seen, [name for name in runs if name not in seen], [name for name in reach if name not in runs]
+
+
 @pytest.mark.parametrize("bound", [1.0, 1e-6])
 def test_the_predicted_movement_is_the_real_one(tmp_path: Path, bound: float) -> None:
     for model, inputs in (
@@ -46,7 +54,7 @@ def test_the_predicted_movement_is_the_real_one(tmp_path: Path, bound: float) ->
     ):
         model = model.double().eval()
         kernels = convolutions(model)
-        reach = sensitivity([model(inputs.double())], [bound], kernels).reach
+        reach = sensitivity([model(inputs.double())], [bound], kernels)
         for name, kernel in kernels.items():
             predicted = reach[name]
             assert predicted is not None
@@ -80,10 +88,9 @@ def test_a_faint_branch_is_blind_though_its_gradient_is_not_zero(branches: Branc
     x = varied_images(3, 2, 8, 8)
     gradient = torch.autograd.grad(branches(x).sum(), branches.faint.weight)[0]
     assert gradient.abs().max() > 0
-    coverage = Coverage(torch_side(branches, fold(branches), (x,), 3).reach)
-    assert coverage.seen == ["main", "cut"]
-    assert coverage.blind == ["faint"]
-    assert coverage.unreached == ["auxiliary"]
+    side = torch_side(branches, fold(branches), (x,), 3)
+    assert seen_blind_unreached(side.reach) == (["main", "cut"], ["faint"], ["auxiliary"])
+    assert not side.decides
 
 
 def test_a_kernel_behind_a_cut_gradient_is_found_by_changing_it(branches: Branches) -> None:
@@ -91,7 +98,7 @@ def test_a_kernel_behind_a_cut_gradient_is_found_by_changing_it(branches: Branch
     branches.requires_grad_(True)
     plain = branches(x)
     kernels = {"main": branches.main.weight, "cut": branches.cut.weight}
-    reach = sensitivity([plain], [1.0], kernels).reach
+    reach = sensitivity([plain], [1.0], kernels)
     assert reach["main"] is not None
     assert reach["cut"] is None
     before = branches.cut.weight.clone()
@@ -127,15 +134,14 @@ def test_the_kernel_comes_back_when_the_run_fails() -> None:
 def test_outputs_with_no_usable_bound_show_nothing() -> None:
     kernel = torch.ones(3, requires_grad=True)
     for bound in (0.0, float("nan")):
-        coverage = sensitivity([kernel * 2], [bound], {"k": kernel})
-        assert coverage.unreached == ["k"]
+        assert sensitivity([kernel * 2], [bound], {"k": kernel}) == {"k": None}
 
 
 def test_two_outputs_are_not_seen_twice() -> None:
     """The same output n times must not make a kernel n times as visible."""
     kernel = torch.linspace(1, 2, 4096, dtype=torch.float64, requires_grad=True)
-    once = sensitivity([kernel * 2], [1.0], {"k": kernel}).reach["k"]
-    often = sensitivity([kernel * 2] * 16, [1.0] * 16, {"k": kernel}).reach["k"]
+    once = sensitivity([kernel * 2], [1.0], {"k": kernel})["k"]
+    often = sensitivity([kernel * 2] * 16, [1.0] * 16, {"k": kernel})["k"]
     assert once == pytest.approx(often, rel=0.1)
 
 
@@ -156,9 +162,34 @@ class Silent(nn.Module):
 
 def test_a_kernel_that_runs_without_effect_is_blind_not_unreached() -> None:
     model = Silent().eval()
-    coverage = Coverage(torch_side(model, fold(model), (varied_images(3, 2, 8, 8),), 3).reach)
-    assert coverage.reach["unused"] == 0.0
-    assert (coverage.seen, coverage.blind, coverage.unreached) == (["main"], ["unused"], ["auxiliary"])
+    side = torch_side(model, fold(model), (varied_images(3, 2, 8, 8),), 3)
+    assert side.reach["unused"] == 0.0
+    assert seen_blind_unreached(side.reach) == (["main"], ["unused"], ["auxiliary"])
+    assert not side.decides
+
+
+class Chooser(nn.Module):
+    """One kernel only decides which position is shown, as an RPN's objectness does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown, self.score = nn.Conv2d(2, 4, 3), nn.Conv2d(2, 1, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        best = self.score(x).detach().flatten(1).argmax(1)
+        y: Tensor = self.shown(x).flatten(2)
+        return y[torch.arange(len(x)), :, best]
+
+
+def test_a_kernel_that_only_decides_is_named_as_such() -> None:
+    torch.manual_seed(3)
+    model = Chooser().eval()
+    side = torch_side(model, fold(model), (varied_images(3, 2, 8, 8),), 3)
+    assert side.reach["score"] == 0.0
+    assert side.decides == {"score"}
+    status = check_coverage(side, "passed", "passed")
+    assert status.findings == ("'score' moves them by 0 bounds: it only decides what is shown",)
+    assert check_coverage(side, "failed", "passed").state == "failed"
 
 
 def test_only_coverage_catches_a_fault_in_a_faint_kernel(branches: Branches, tmp_path: Path) -> None:

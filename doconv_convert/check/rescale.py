@@ -1,0 +1,58 @@
+"""Scaling a layer by what it gives: at its first call of one forward, by a hook on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# From a layer's output to the factor that its kernel should take.
+Factor = Callable[[Tensor], float]
+
+
+def to_deviation(target: float) -> Factor:
+    """The factor that gives the output the standard deviation `target`."""
+    return lambda output: target / max(float(output.std()), 1e-6)
+
+
+class Rescale:
+    """A forward hook that multiplies the layer's kernel by `factor(output)`, once; with `redraw` the kernel is drawn
+    anew before (N(0, 1/fan_in)) and the bias zeroed. Where the factor is None, the layer stays."""
+
+    def __init__(self, factor: Callable[[Tensor], float | None], redraw: torch.Generator | None = None) -> None:
+        self.factor, self.redraw, self.done = factor, redraw, False
+
+    def __call__(self, layer: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        weight = layer._parameters.get("weight")
+        if self.done or weight is None:
+            return None
+        self.done = True
+        if self.redraw is not None:
+            drawn = torch.randn(weight.shape, generator=self.redraw) / math.sqrt(max(1, weight[0].numel()))
+            weight.copy_(drawn)
+            if layer.bias is not None:
+                layer.bias.zero_()
+            output = layer.forward(*args)
+        factor = self.factor(output)
+        if factor is None:
+            return None
+        for name in ("weight", "weight_extra"):
+            if layer._parameters.get(name) is not None:
+                layer._parameters[name].mul_(factor)
+        return layer.forward(*args)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def rescaling(hooks: Mapping[nn.Module, Rescale]) -> Iterator[None]:
+    """Run one forward inside; no gradients are recorded there."""
+    handles = [layer.register_forward_hook(hook) for layer, hook in hooks.items()]
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
