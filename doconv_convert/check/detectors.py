@@ -3,9 +3,9 @@
 Nothing passes their score thresholds at the start, and scores that are nearly tied come out in any order. So
 a rehearsal builds them with thresholds of 0 and 20 detections, and draws their last layers anew, scaled so
 that class logits have a standard deviation of 1.5 and box deltas one of 0.5. SSD has a head a level: each is
-scaled so that its share of the detections comes from it. Images keep the size they are given as: enlarged to
-800 pixels they are so smooth that batch norms calibrated on them amplify rounding (Faster R-CNN MobileNet: fp32
-off by 8e-5 of the scores, at 320 pixels by 3e-6).
+scaled so that its share of the detections (60 then) comes from it, and deltas, which count a tenth there, to 2.
+Images keep the size they are given as: enlarged to 800 pixels they are so smooth that batch norms calibrated on
+them amplify rounding (Faster R-CNN MobileNet: fp32 off by 8e-5 of the scores, at 320 pixels by 3e-6).
 """
 
 from __future__ import annotations
@@ -24,20 +24,22 @@ from doconv_convert.check.rescale import Factor, Rescale, rescaling, to_deviatio
 from doconv_convert.rewrite.measure import run_model
 from doconv_convert.rewrite.modes import in_eval
 
-LOGITS, DELTAS = 1.5, 0.5
-DETECTIONS = 20
+LOGITS, DELTAS, LEVEL_DELTAS = 1.5, 0.5, 2.0
+DETECTIONS, LEVEL_DETECTIONS = 20, 60
 _SCORES = ("*cls_logits", "*cls_score", "*bbox_ctrness", "*mask_fcn_logits", "*kps_score_lowres")
 _SCORE_LEVELS = "*classification_head.module_list.[0-9]"
-_DELTAS = ("*bbox_pred", "*bbox_reg", "*regression_head.module_list.[0-9]")
+_DELTAS = ("*bbox_pred", "*bbox_reg")
+_DELTA_LEVELS = "*regression_head.module_list.[0-9]"
 # The score that the last shown detection of a level has.
 _SHOWN = 0.2
 
 
 def rehearsal_source(source: Source) -> Source:
-    """The source of a detector that shows what it finds: thresholds 0, 20 detections, images not enlarged."""
-    prefix = "box_" if "rcnn" in source.name else ""
-    shown: dict[str, Any] = {f"{prefix}score_thresh": 0.0, f"{prefix}detections_per_img": DETECTIONS}
-    if "ssd" not in source.name:
+    """The source of a detector that shows what it finds: thresholds 0, few detections, images not enlarged."""
+    prefix, levels = "box_" if "rcnn" in source.name else "", "ssd" in source.name
+    count = LEVEL_DETECTIONS if levels else DETECTIONS
+    shown: dict[str, Any] = {f"{prefix}score_thresh": 0.0, f"{prefix}detections_per_img": count}
+    if not levels:
         shown |= {"min_size": DETECTION_SIZE, "max_size": 2 * DETECTION_SIZE}
     return Source(source.text, {**shown, **source.args})
 
@@ -48,7 +50,8 @@ def draw_heads(model: nn.Module, inputs: Any, generator: torch.Generator) -> Non
     factors: Mapping[str, Factor] = {
         **dict.fromkeys(_SCORES, to_deviation(LOGITS)),
         **dict.fromkeys(_DELTAS, to_deviation(DELTAS)),
-        _SCORE_LEVELS: _to_show(_classes(model), DETECTIONS // max(1, levels)),
+        _SCORE_LEVELS: _to_show(_classes(model), LEVEL_DETECTIONS // max(1, levels)),
+        _DELTA_LEVELS: to_deviation(LEVEL_DELTAS),
     }
     hooks = {}
     for name, module in model.named_modules():
@@ -62,15 +65,16 @@ def draw_heads(model: nn.Module, inputs: Any, generator: torch.Generator) -> Non
 
 def _to_show(classes: int, count: int) -> Factor:
     """The factor of SSD class logits (N, anchors x classes, H, W) with which the first image's `count` best scores, of
-    any class but the background (0), are _SHOWN or more."""
+    any class but the background (0), are _SHOWN or more; fewer where there are few anchors."""
 
     def factor(output: Tensor) -> float:
         logits = output[0].reshape(-1, classes, *output.shape[2:]).movedim(1, -1)
-        low, high = 1e-3, 1e3
-        for _ in range(40):  # halving the interval on a logarithmic scale
+        shown = max(1, min(count, logits[..., 0].numel() // 2))  # one anchor has few classes above _SHOWN
+        low, high = 1e-6, 1e6
+        for _ in range(60):  # halving the interval on a logarithmic scale
             middle = math.sqrt(low * high)
             scores = (middle * logits).softmax(-1)[..., 1:].flatten()
-            last = float(scores.topk(min(max(count, 1), scores.numel())).values[-1])
+            last = float(scores.topk(shown).values[-1])
             low, high = (low, middle) if last >= _SHOWN else (middle, high)
         return high
 
@@ -79,14 +83,10 @@ def _to_show(classes: int, count: int) -> Factor:
 
 def _classes(model: nn.Module) -> int:
     """How many classes an SSD head has (1 for other detectors, which are not asked)."""
-    return next(
-        (
-            int(m.num_columns)
-            for m in model.modules()
-            if hasattr(m, "module_list") and hasattr(m, "num_columns") and "Classification" in type(m).__name__
-        ),
-        1,
-    )
+    from torchvision.models.detection.ssd import SSDScoringHead  # type: ignore[import-untyped]
+
+    heads = [m for name, m in model.named_modules() if name.endswith("classification_head")]
+    return next((head.num_columns for head in heads if isinstance(head, SSDScoringHead)), 1)
 
 
 def _last_layer(module: nn.Module) -> nn.Module | None:

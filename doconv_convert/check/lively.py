@@ -9,6 +9,7 @@ one forward of a varied batch. For rehearsals and tests only: a user's weights a
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 import torch
@@ -25,8 +26,16 @@ from doconv_convert.rewrite.measure import run_model
 from doconv_convert.rewrite.modes import in_eval
 
 JITTER = 0.05
-# The standard deviation of what convolutions of pooled features give: gates that open and close.
-GATE = 2.0
+# The standard deviations that layers' outputs are given. POOLED: of pooled features, so that gates open and close and
+# heads do not drown in their biases. SPREAD: of others, since transformers are drawn so that a block adds next to
+# nothing to its input, and networks without norms explode. REPEATED: the least of layers called again and again (RAFT's
+# update), where more would amplify rounding from call to call.
+POOLED, SPREAD, REPEATED = 2.0, 1.0, 0.2
+# The mean of batch norms' biases. At 0 each following ReLU halves the signal and leaves a mean that the next norm takes
+# out: rounding then grows by a fifth a layer (Inception v4: fp32 off by 2e-4 of the output's scale).
+SHIFT = 0.5
+# Of the mean over a norm's channels.
+LEAST_VARIANCE = 0.05
 # Samples of one batch must differ by more than this part of the output's scale.
 LIVELY = 1e-2
 # A parameter tensor that is constant and below this is a switched-off scale (layer scale, zero-init residual).
@@ -43,6 +52,9 @@ def make_lively(model: nn.Module, inputs: Any, seed: int = 0) -> None:
     with torch.no_grad():
         randomise_factors(model, generator)
         _switch_on(model, generator)
+        for norm in _batch_norms(model):
+            if norm.bias is not None:
+                norm.bias.add_(SHIFT)
         _calibrate(model, inputs)
         for norm in _batch_norms(model):
             _jitter(norm, generator)
@@ -119,9 +131,9 @@ def _switch_on(model: nn.Module, generator: torch.Generator) -> None:
 
 
 def _calibrate(model: nn.Module, inputs: Any) -> None:
-    """One forward in which the batch norms normalise by, and remember, the batch's own statistics, and convolutions of
-    pooled features get the standard deviation GATE: fresh squeeze-and-excite gates hardly open or close, which hides
-    their kernels."""
+    """One forward in which the batch norms normalise by, and remember, the batch's own statistics, and every layer
+    is scaled by what it gives."""
+    calls = _calls(model, inputs)
     norms = _batch_norms(model)
     momenta = [norm.momentum for norm in norms]
     in_eval(model)
@@ -129,7 +141,7 @@ def _calibrate(model: nn.Module, inputs: Any) -> None:
         norm.momentum = 1.0
         norm.training = True
     try:
-        with rescaling({m: Rescale(_gate) for m in model.modules() if isinstance(m, _ConvNd)}):
+        with rescaling({layer: Rescale(_once if count == 1 else _repeated) for layer, count in calls.items()}):
             run_model(model, inputs)
     finally:
         in_eval(model)
@@ -137,10 +149,26 @@ def _calibrate(model: nn.Module, inputs: Any) -> None:
             norm.momentum = momentum
 
 
-def _gate(output: Tensor) -> float | None:
-    """The factor for a convolution whose output is one position; None for the others."""
-    pooled = output.dim() > 2 and output[0, 0].numel() == 1 and output.numel() > 1
-    return to_deviation(GATE)(output) if pooled else None
+def _calls(model: nn.Module, inputs: Any) -> Counter[nn.Module]:
+    """How often each convolution and linear layer is called in a forward."""
+    calls: Counter[nn.Module] = Counter()
+    layers = [module for module in model.modules() if isinstance(module, (_ConvNd, nn.Linear))]
+    handles = [layer.register_forward_hook(lambda module, *_: calls.update([module])) for layer in layers]
+    try:
+        run_model(in_eval(model), inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _once(output: Tensor) -> float:
+    one_position = output.dim() == 2 or (output.dim() > 2 and output[0, 0].numel() == 1)
+    return to_deviation(POOLED if one_position else SPREAD)(output)
+
+
+def _repeated(output: Tensor) -> float:
+    return max(1.0, to_deviation(REPEATED)(output))
 
 
 def _jitter(norm: _BatchNorm, generator: torch.Generator) -> None:
@@ -149,4 +177,6 @@ def _jitter(norm: _BatchNorm, generator: torch.Generator) -> None:
         return
     noise = torch.randn(2, *mean.shape, generator=generator).to(mean)
     mean.add_(JITTER * variance.sqrt() * noise[0])
-    variance.mul_((1 + JITTER * noise[1]).clamp(0.5, 1.5)).clamp_(min=1e-6)
+    variance.mul_((1 + JITTER * noise[1]).clamp(0.5, 1.5))
+    # a channel that hardly varies would be amplified, with its rounding errors
+    variance.clamp_(min=max(1e-6, LEAST_VARIANCE * float(variance.mean())))

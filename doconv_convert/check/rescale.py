@@ -16,14 +16,14 @@ Factor = Callable[[Tensor], float]
 
 def to_deviation(target: float) -> Factor:
     """The factor that gives the output the standard deviation `target`."""
-    return lambda output: target / max(float(output.std()), 1e-6)
+    return lambda output: target / max(float(output.std()), 1e-6) if output.numel() > 1 else 1.0
 
 
 class Rescale:
     """A forward hook that multiplies the layer's kernel by `factor(output)`, once; with `redraw` the kernel is drawn
-    anew before (N(0, 1/fan_in)) and the bias zeroed. Where the factor is None, the layer stays."""
+    anew before (N(0, 1/fan_in)) and the bias zeroed."""
 
-    def __init__(self, factor: Callable[[Tensor], float | None], redraw: torch.Generator | None = None) -> None:
+    def __init__(self, factor: Factor, redraw: torch.Generator | None = None) -> None:
         self.factor, self.redraw, self.done = factor, redraw, False
 
     def __call__(self, layer: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -38,8 +38,6 @@ class Rescale:
                 layer.bias.zero_()
             output = layer.forward(*args)
         factor = self.factor(output)
-        if factor is None:
-            return None
         for name in ("weight", "weight_extra"):
             if layer._parameters.get(name) is not None:
                 layer._parameters[name].mul_(factor)

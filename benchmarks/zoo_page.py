@@ -1,0 +1,145 @@
+"""docs/zoo.md from the JSON lines that benchmarks/zoo.py leaves."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+# What no conversion could be meant for: the kernel is no Parameter of a plain convolution.
+NOT_ELIGIBLE = ("transposed", "blur filter", "input-dependent", "computed", "already parametrised", "lazy", "quantised")
+NO_D = "convert, no D (1x1)"
+
+
+def read(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def write_page(data: Path, target: Path) -> None:
+    lines = [
+        "# The zoo",
+        "",
+        "Every model that torchvision and timm list, converted, folded, exported and proven, with random weights",
+        "made lively. Made by `python benchmarks/zoo.py` (its help names the steps) from the rows in `docs/data/zoo/`.",
+        "A convolution counts as *swapped* where it got a D, as *no D* where its kernel is 1x1, else as *kept* with",
+        "the reason. `worst` is the largest error of an output in units of its bound, `reach` the least movement of an",
+        "output by a change of 1e-3 in a kernel, in bounds (seen above 1.75).",
+        "",
+    ]
+    lines += _rehearsals("torchvision", data) + _rehearsals("timm", data, "the smallest of every family")
+    lines += _folds(read(data / "timm-folds.jsonl")) + _plans(read(data / "timm-plans.jsonl"))
+    target.write_text("\n".join(lines))
+
+
+def _rehearsals(library: str, data: Path, which: str = "every name") -> list[str]:
+    seeds = {int(path.stem.rpartition("-")[2]): read(path) for path in sorted(data.glob(f"{library}-[0-9].jsonl"))}
+    if not seeds:
+        return []
+    first = seeds[min(seeds)]
+    lines = [f"## {library}: {which}", "", *_summary(first)]
+    for seed, rows in seeds.items():
+        if rows is not first:
+            lines += _agreement(first, rows, seed)
+    lines += ["", *_head("model", "status", "exporter", "swapped", "no D", "kept", "worst", "reach", "s")]
+    for row in first:
+        cells = [
+            row["source"].partition(":")[2],
+            "proven" if row["proven"] else row["status"],
+            row["exporter"] or "",
+            row["counts"].get("convert", 0),
+            row["counts"].get(NO_D, 0),
+            _kept(row["counts"]),
+            row["worst"] if row["worst"] is not None else "",
+            row["least_reach"] if row["least_reach"] is not None else "",
+            round(row["seconds"]),
+        ]
+        lines.append(_line(cells))
+    notes = [f"- {row['source']}: {row['status']}: {row['detail']}" for row in first if row["detail"]]
+    notes += [
+        f"- {row['source']}: only decides what is shown: {', '.join(row['decides'])}" for row in first if row["decides"]
+    ]
+    return [*lines, "", *notes, *([""] if notes else [])]
+
+
+def _summary(rows: Sequence[Row]) -> list[str]:
+    folded = sum(row["states"].get("fold") == "passed" for row in rows)
+    exporters = Counter(row["exporter"] for row in rows if row["proven"])
+    by_exporter = ", ".join(f"{count} {name}" for name, count in exporters.items())
+    proven = sum(row["proven"] for row in rows)
+    eligible = sum(count for row in rows for what, count in row["counts"].items() if _is_eligible_kept(what))
+    return [
+        f"- Folds proven: {folded} of {len(rows)}. Exported and proven: {proven} of {len(rows)} ({by_exporter}).",
+        f"- Eligible convolutions kept: {eligible}.",
+    ]
+
+
+def _agreement(first: Sequence[Row], rows: Sequence[Row], seed: int) -> list[str]:
+    known = {row["source"]: row["states"] for row in first}
+    both = [row for row in rows if row["source"] in known]
+    differing = [row["source"] for row in both if row["states"] != known[row["source"]]]
+    same = f"- Seed {seed}: {len(both)} models, {len(both) - len(differing)} with the same statuses."
+    return [f"{same} {', '.join(differing)}".rstrip()]
+
+
+def _folds(rows: Sequence[Row]) -> list[str]:
+    if not rows:
+        return []
+    passed = [row for row in rows if row["status"] == "passed"]
+    errors = [row["figures"]["fold_error"] for row in passed if row["figures"].get("fold_error") is not None]
+    failed = [f"- {row['source']}: {row['status']}: {row['detail']}" for row in rows if row["status"] != "passed"]
+    return [
+        "## timm: exact start and fold below 100 M parameters",
+        "",
+        f"- {len(rows)} architectures: {len(passed)} start with the same bits and fold exactly; the largest difference "
+        f"in float64 is {max(errors, default=0):.1e} of the outputs' scale.",
+        "",
+        *failed,
+        *([""] if failed else []),
+    ]
+
+
+def _plans(rows: Sequence[Row]) -> list[str]:
+    if not rows:
+        return []
+    total = Counter[str]()
+    for row in rows:
+        total.update(row["counts"])
+    kept = sum(count for what, count in total.items() if _is_eligible_kept(what))
+    eligible = kept + total["convert"] + total[NO_D]
+    lines = [
+        "## timm: the plan of every architecture",
+        "",
+        f"{len(rows)} architectures of {len({row['family'] for row in rows})} families, planned on the meta device: "
+        f"{kept} of {eligible:,} eligible convolutions kept ({kept / max(1, eligible):.2%}).",
+        "",
+        *_head("convolutions", "number", "architectures"),
+    ]
+    for what, count in total.most_common():
+        lines.append(_line([what, f"{count:,}", sum(what in row["counts"] for row in rows)]))
+    kept_rows = [
+        (row["source"], name, why)
+        for row in rows
+        for name, why in row["kept"].items()
+        if _is_eligible_kept(f"keep: {why}")
+    ]
+    return [*lines, "", *(f"- {source} `{name}`: {why}" for source, name, why in kept_rows[:60]), ""]
+
+
+def _is_eligible_kept(what: str) -> bool:
+    reason = what.partition("keep: ")[2]
+    return bool(reason) and not reason.startswith(NOT_ELIGIBLE)
+
+
+def _kept(counts: dict[str, int]) -> str:
+    return "; ".join(f"{n} {what.partition('keep: ')[2]}" for what, n in counts.items() if what.startswith("keep"))
+
+
+def _head(*titles: str) -> list[str]:
+    return ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+
+
+def _line(cells: Sequence[object]) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
