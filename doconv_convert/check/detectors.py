@@ -3,7 +3,7 @@
 Nothing passes their score thresholds at the start, and scores that are nearly tied come out in any order. So
 a rehearsal builds them with thresholds of 0 and 20 detections, and draws their last layers anew, scaled so
 that class logits have a standard deviation of 1.5 and box deltas one of 0.5. SSD has a head a level: each is
-scaled so that its share of the detections (60 then) comes from it, and deltas, which count a tenth there, to 2.
+scaled so that its share of the detections (60 then) comes from it, and deltas, which count a tenth there, to 3.
 Images keep the size they are given as: enlarged to 800 pixels they are so smooth that batch norms calibrated on
 them amplify rounding (Faster R-CNN MobileNet: fp32 off by 8e-5 of the scores, at 320 pixels by 3e-6).
 """
@@ -24,7 +24,7 @@ from doconv_convert.check.rescale import Factor, Rescale, rescaling, to_deviatio
 from doconv_convert.rewrite.measure import run_model
 from doconv_convert.rewrite.modes import in_eval
 
-LOGITS, DELTAS, LEVEL_DELTAS = 1.5, 0.5, 2.0
+LOGITS, DELTAS, LEVEL_DELTAS = 1.5, 0.5, 3.0
 DETECTIONS, LEVEL_DETECTIONS = 20, 60
 _SCORES = ("*cls_logits", "*cls_score", "*bbox_ctrness", "*mask_fcn_logits", "*kps_score_lowres")
 _SCORE_LEVELS = "*classification_head.module_list.[0-9]"
