@@ -82,8 +82,10 @@ def small_architectures() -> list[str]:
 
 def rehearse(sources: list[str], raw: Path, options: list[str]) -> Iterator[dict[str, Any]]:
     """The command line's own rehearsal; its results, made compact."""
-    command = [sys.executable, "-m", "doconv_convert.cli.app", "rehearse", *sources, "--resume", str(raw), *options]
-    subprocess.run(command, check=False)
+    command = [sys.executable, "-m", "doconv_convert", "rehearse", *sources, "--resume", str(raw), *options]
+    ended = subprocess.run(command, check=False).returncode
+    if ended not in (0, 3):  # 3: a model failed, which the page says
+        raise SystemExit(ended)
     yield from map(compact, read(raw))
 
 
