@@ -107,7 +107,7 @@ def compact(result: dict[str, Any]) -> dict[str, Any]:
         "least_reach": _short(min(reach, default=None)),
         "decides": list(proof.get("decides", [])),
         "worst": _short(max(ratios, default=None)),
-        "static": "static" in last["detail"],
+        "dynamic_batch": result.get("dynamic_batch"),
         "detail": "" if result["status"] == "passed" else last["detail"][:300],
         "seconds": round(sum(step["seconds"] for step in result["steps"]), 1),
     }

@@ -48,7 +48,7 @@ def _rehearsals(library: str, data: Path, which: str = "every name") -> list[str
         cells = [
             row["source"].partition(":")[2],
             "proven" if row["proven"] else row["status"],
-            row["exporter"] or "",
+            f"{row['exporter'] or ''}{', static batch' if row['dynamic_batch'] is False else ''}",
             row["counts"].get("convert", 0),
             row["counts"].get(NO_D, 0),
             _kept(row["counts"]),

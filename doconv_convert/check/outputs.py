@@ -115,6 +115,8 @@ class OnnxSession:
         onnxruntime.set_default_logger_severity(4)
         self.path = path
         options = onnxruntime.SessionOptions()
+        # Waiting threads would take the cores from the exports and rehearsals that run beside this.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if not optimise:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:

@@ -54,13 +54,15 @@ class Step:
 
 @dataclass
 class Rehearsal:
-    """How one model fared. `counts` says how many convolutions were swapped, have no D, or were kept and why."""
+    """How one model fared. `counts` says how many convolutions were swapped, have no D, or were kept and why;
+    `exporter` and `dynamic_batch` what the export turned out to be."""
 
     source: str
     steps: list[Step] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
     exporter: str | None = None
+    dynamic_batch: bool | None = None
     proof: Proof | None = None
 
     @property
@@ -239,8 +241,10 @@ def _export_and_prove(rehearsal: Rehearsal, ready: _Ready, waiting: Sequence[Chi
             with _step(rehearsal, "prove") as told:
                 made = release(loaded, ready.inputs, onnx=folder / "out.onnx", waiting=waiting)
                 rehearsal.proof = made.proof
-                rehearsal.exporter = made.export.exporter if made.export else None
-                told(_verdict(made.proof))
+                if made.export is not None:
+                    rehearsal.exporter, rehearsal.dynamic_batch = made.export.exporter, made.export.dynamic_batch
+                batch = "dynamic" if rehearsal.dynamic_batch else "static"
+                told(f"{_verdict(made.proof)}; {rehearsal.exporter} exporter, {batch} batch")
         except _Stop:
             if rehearsal.proof is None and (reason := _export_error(ready, folder)) is not None:
                 rehearsal.steps[-1] = Step("export", CANNOT_EXPORT, reason, time.perf_counter() - start)

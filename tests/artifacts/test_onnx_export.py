@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from doconv_convert.artifacts import onnx_file
-from doconv_convert.artifacts.export_child import ExportJob, export_in_child
+from doconv_convert.artifacts.export_child import ExportJob, export_in_child, waiting_children
 from doconv_convert.artifacts.onnx_export import ExportReport, export_onnx
 from doconv_convert.artifacts.sources import Source, build
 from doconv_convert.errors import DoconvError, UsageError
@@ -340,3 +340,26 @@ def test_what_ends_a_child_is_a_clear_error(
 def test_a_childs_usage_error_stays_one(source: Source, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="dynamic names no input 'y'"):
         export_in_child([job(tmp_path, source, inputs(), dynamic={"y": {0: "n"}})])
+
+
+def test_a_child_that_is_used_again_exports_what_a_fresh_one_does(
+    net_file: Path, source: Source, tmp_path: Path
+) -> None:
+    jobs = [job(tmp_path, source, inputs(), path=tmp_path / f"{i}.onnx") for i in range(3)]
+    with waiting_children(1, reuse=True) as waiting:
+        (child,) = waiting
+        export_in_child(jobs[:1], parallel=True, waiting=waiting)
+        process = child._process
+        with pytest.raises(UsageError, match="dynamic names no input"):
+            export_in_child([job(tmp_path, source, inputs(), dynamic={"y": {0: "n"}})], parallel=True, waiting=waiting)
+        export_in_child(jobs[1:2], parallel=True, waiting=waiting)
+        assert child._process is process
+        assert process.poll() is None
+        with pytest.raises(DoconvError, match="ended with code 7: last words"):
+            export_in_child([job(tmp_path, Source(f"{net_file}:crashes"), inputs())], parallel=True, waiting=waiting)
+        # alone, as large models are: a new process, which gives its memory back
+        export_in_child(jobs[2:], waiting=waiting)
+        assert child._process is not process
+        assert child._process.poll() is not None
+    contents = {(tmp_path / f"{i}.onnx").read_bytes() for i in range(3)}
+    assert len(contents) == 1

@@ -107,6 +107,52 @@ def test_two_rows_of_d_swapped_in_the_fold_are_caught(name: str, monkeypatch: py
     assert "differ by" in result.steps[-1].detail
 
 
+SAMPLE_OF_THE_ZOO = [
+    "torchvision:alexnet",
+    "torchvision:convnext_tiny",
+    "torchvision:efficientnet_b0",
+    "torchvision:lraspp_mobilenet_v3_large",
+    "torchvision:mobilenet_v2",
+    "torchvision:mobilenet_v3_small",
+    "torchvision:r3d_18",
+    "torchvision:raft_small",
+    "torchvision:regnet_y_400mf",
+    "torchvision:resnet18",
+    "torchvision:resnext50_32x4d",
+    "torchvision:shufflenet_v2_x0_5",
+    "torchvision:squeezenet1_1",
+    "torchvision:ssdlite320_mobilenet_v3_large",
+    "torchvision:swin_t",
+    "torchvision:vit_b_32",
+    "timm:starnet_s050",
+    "timm:test_nfnet",
+    "timm:efficientvit_m0",
+    "timm:resnetv2_50",
+]
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("source", SAMPLE_OF_THE_ZOO)
+def test_one_wrong_layer_is_caught_in_every_model(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows of one layer's D swapped in the fold, with the per-site check switched off too: the outputs tell."""
+    calls: list[int] = []
+
+    def wrong_once(weight: Tensor, d: Tensor | None, extra: Tensor | None, groups: int) -> Tensor:
+        if d is None or calls:
+            return fold_kernel(weight, d, extra, groups)
+        calls.append(1)
+        return swapped_rows(weight, d, extra, groups)
+
+    monkeypatch.setattr(folding, "fold_kernel", wrong_once)
+    assert rehearse(source, export=False).status == "fold failed"
+    assert calls.pop() == 1
+    monkeypatch.setattr(folding, "composition_error", lambda *_: 0.0)
+    result = rehearse(source, export=False)
+    assert calls == [1]
+    assert result.status == "fold failed"
+    assert "differ by" in result.steps[-1].detail
+
+
 def test_an_original_that_cannot_be_exported_is_a_status_of_its_own(nets: Path) -> None:
     source = f"{nets}:unexportable"
     shown = command(source, "--json")
