@@ -1,7 +1,6 @@
 """The mutation table: faults planted in exported files, and which check of the proof catches each.
 
     python benchmarks/mutations.py [--nets NAME ...] [--seed 0] [--json docs/data/mutations.json] [--resume]
-    python benchmarks/mutations.py --false-alarms [--nets resnet18 ...] [--seeds 5]
 
 Each net is converted, made lively (as `rehearse` does) and exported once; a fault is an edit of the ONNX file and
 one run of the proof. The tables go to docs/mutations.md.
@@ -65,17 +64,6 @@ NETS: dict[str, str | None] = {
     "ssdlite320_mobilenet_v3_large": None,
     "fasterrcnn_mobilenet_v3_large_320_fpn": None,
 }
-_NAMES = """
-    alexnet convnext_tiny deeplabv3_mobilenet_v3_large deeplabv3_resnet50 densenet121 densenet161 efficientnet_b0
-    efficientnet_b1 efficientnet_v2_s fasterrcnn_mobilenet_v3_large_320_fpn fasterrcnn_mobilenet_v3_large_fpn
-    fasterrcnn_resnet50_fpn fcn_resnet50 fcos_resnet50_fpn googlenet inception_v3 keypointrcnn_resnet50_fpn
-    lraspp_mobilenet_v3_large maskrcnn_resnet50_fpn maxvit_t mc3_18 mnasnet0_5 mnasnet1_0 mobilenet_v2
-    mobilenet_v3_large mobilenet_v3_small mvit_v1_b r2plus1d_18 r3d_18 raft_large raft_small regnet_x_400mf
-    regnet_y_400mf regnet_y_800mf resnet101 resnet18 resnet34 resnet50 resnext50_32x4d retinanet_resnet50_fpn s3d
-    shufflenet_v2_x0_5 shufflenet_v2_x1_0 squeezenet1_0 squeezenet1_1 ssd300_vgg16 ssdlite320_mobilenet_v3_large
-    swin3d_t swin_t swin_v2_t vgg11 vgg11_bn vit_b_16 vit_b_32 wide_resnet50_2
-"""
-FALSE_ALARM_NAMES = _NAMES.split()
 
 
 @dataclass(frozen=True)
@@ -235,24 +223,6 @@ def truncated(model: onnx.ModelProto, folder: Path) -> Path:
     return path
 
 
-def false_alarms(name: str, seeds: int) -> dict[str, Any]:
-    """Unmodified exports, once a seed: which checks fail all the same, and the worst error in bounds."""
-    start, failed, worst = time.perf_counter(), [], 0.0
-    for seed in range(seeds):
-        with tempfile.TemporaryDirectory() as text:
-            case = make_case(name, Path(text), seed)
-            caught, ratio = judge(case, case.candidate)
-        failed += [f"seed {seed}: {', '.join(caught)}"] if caught else []
-        worst = max(worst, ratio or 0.0)
-    return {
-        "net": name,
-        "seeds": seeds,
-        "failed": failed,
-        "worst": _short(worst),
-        "seconds": round(time.perf_counter() - start),
-    }
-
-
 def _short(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.3g}")
 
@@ -273,22 +243,19 @@ def machine() -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nets", nargs="+", default=None, help="of the table, or torchvision names")
+    parser.add_argument("--nets", nargs="+", default=None, help="some of the table")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--false-alarms", action="store_true", help="unmodified exports instead of faults")
-    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--json", type=Path, default=ROOT / "docs/data/mutations.json")
     parser.add_argument("--table", type=Path, default=ROOT / "docs/mutations.md")
     parser.add_argument("--resume", action="store_true", help="keep what the JSON file has already")
     options = parser.parse_args()
-    what = "false_alarms" if options.false_alarms else "mutations"
     result = json.loads(options.json.read_text()) if options.json.exists() else {}
-    done = {one["net"]: one for one in result.get(what, [])}
-    for name in options.nets or (FALSE_ALARM_NAMES if options.false_alarms else NETS):
+    done = {one["net"]: one for one in result.get("mutations", [])}
+    for name in options.nets or NETS:
         if options.resume and name in done:
             continue
-        done[name] = false_alarms(name, options.seeds) if options.false_alarms else run_net(name, options.seed)
-        result = {**result, **machine(), "seed": options.seed, "seen": SEEN, what: list(done.values())}
+        done[name] = run_net(name, options.seed)
+        result = {**machine(), "seed": options.seed, "seen": SEEN, "mutations": list(done.values())}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(compact(result))
         write_table(result, options.table)

@@ -14,14 +14,12 @@ KERNEL_FAULT = "kernel times 1 + 1e-3 N(0,1)"
 def compact(result: dict[str, Any]) -> str:
     """JSON with one line a fault."""
     text = json.dumps({k: v for k, v in result.items() if not isinstance(v, list)}, indent=1).rstrip("}\n")
-    for what in ("mutations", "false_alarms"):
-        nets = []
-        for net in result.get(what, []):
-            head = json.dumps({k: v for k, v in net.items() if k != "rows"})
-            rows = ",\n  ".join(json.dumps(row) for row in net.get("rows", []))
-            nets.append(head if "rows" not in net else f'{head[:-1]}, "rows": [\n  {rows}]}}')
-        text += f',\n "{what}": [\n ' + ",\n ".join(nets) + "]" if nets else ""
-    return text + "}\n"
+    nets = []
+    for net in result["mutations"]:
+        head = json.dumps({k: v for k, v in net.items() if k != "rows"})
+        rows = ",\n  ".join(json.dumps(row) for row in net["rows"])
+        nets.append(f'{head[:-1]}, "rows": [\n  {rows}]}}')
+    return text + ',\n "mutations": [\n ' + ",\n ".join(nets) + "]}\n"
 
 
 def covered(net: dict[str, Any], seen: float) -> list[list[Any]]:
@@ -33,8 +31,8 @@ def write_table(result: dict[str, Any], path: Path) -> None:
     lines = [
         "# Planted faults, and what catches them",
         "",
-        "Made by `python benchmarks/mutations.py`, with and without `--false-alarms`; the rows are in "
-        "`docs/data/mutations.json`. "
+        "Made by `python benchmarks/mutations.py` from the rows in `docs/data/mutations.json`; false alarms are "
+        "counted in [zoo.md](zoo.md). "
         + ", ".join(
             f"{k} {result[k]}" for k in ("python", "torch", "torchvision", "onnx", "onnxruntime") if k in result
         )
@@ -46,15 +44,11 @@ def write_table(result: dict[str, Any], path: Path) -> None:
         "failed check exits 3). `coverage` is no catch of its own where the graph failed: kernels that it names as "
         "unseen then count as unproven.",
         "",
-        *([result["note"], ""] if "note" in result else []),
-        "",
+        *_summary(result),
+        *_by_kind(result["mutations"]),
     ]
-    if result.get("mutations"):
-        lines += _summary(result) + _by_kind(result["mutations"])
-        for net in result["mutations"]:
-            lines += _net(net, result["seen"])
-    if result.get("false_alarms"):
-        lines += _false_alarms(result["false_alarms"])
+    for net in result["mutations"]:
+        lines += _net(net, result["seen"])
     path.write_text("\n".join(lines).rstrip() + "\n")
 
 
@@ -125,18 +119,3 @@ def _line(kind: str, rows: list[list[Any]]) -> str:
     counts = Counter(check for row in rows for check in row[3])
     cells = [kind, str(len(rows)), *(str(counts[check] or "") for check in _CHECKS), str(sum(bool(r[3]) for r in rows))]
     return "| " + " | ".join(cells) + " |"
-
-
-def _false_alarms(nets: list[dict[str, Any]]) -> list[str]:
-    runs, failed = sum(net["seeds"] for net in nets), sum(len(net["failed"]) for net in nets)
-    lines = [
-        "## False alarms",
-        "",
-        f"Unmodified exports of {len(nets)} torchvision names ({runs} runs): {failed} failed. `worst` is the largest "
-        "error of an output in units of its bound.",
-        "",
-        *_head("net", "seeds", "failed", "worst"),
-    ]
-    for net in nets:
-        lines.append(f"| {net['net']} | {net['seeds']} | {'; '.join(net['failed']) or 0} | {net['worst']:.2f} |")
-    return [*lines, ""]
