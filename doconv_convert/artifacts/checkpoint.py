@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -136,10 +137,15 @@ def without_prefixes(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], path: str) -> None:
     """`load_state_dict` with every difference named, in the state's dtypes. Raises DoconvError, first."""
     _require_fit(model, state, path)
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    own = model.state_dict(keep_vars=True)
+    for name, tensor in own.items():
         if name in state and tensor.dtype != state[name].dtype:
             tensor.data = tensor.data.to(state[name].dtype)
-    model.load_state_dict(state, strict=True)
+    forgiven = {name: own[name] for name in own.keys() - state.keys() if name.endswith(_FORGIVEN)}
+    versioned = OrderedDict({**state, **forgiven})
+    # Without the versions that `state_dict` gives to modules, torchvision's MNASNet refuses its own tensors.
+    vars(versioned)["_metadata"] = vars(own)["_metadata"]
+    model.load_state_dict(versioned, strict=True)
 
 
 def _require_fit(model: nn.Module, state: Mapping[str, Tensor], path: str, *, plain: bool = False) -> None:

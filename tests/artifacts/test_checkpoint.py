@@ -16,7 +16,7 @@ from support_cli import TINY, names, read_file, rewrite_file, tiny, trained_samp
 from torch import Tensor, nn
 
 from doconv_convert import fold, load, save, to_doconv
-from doconv_convert.artifacts.checkpoint import load_into, read_checkpoint, require_finite
+from doconv_convert.artifacts.checkpoint import load_into, load_strictly, read_checkpoint, require_finite
 from doconv_convert.artifacts.sources import build, parse_source
 from doconv_convert.errors import DoconvError
 from doconv_convert.nn.overlay import is_overlaid
@@ -483,3 +483,32 @@ def test_a_header_whose_length_begins_like_a_pickle_is_no_pickle(tmp_path: Path)
     recipe = read_checkpoint(path).recipe
     assert recipe is not None
     assert len(recipe.sites) == 4
+
+
+class Versioned(nn.Module):
+    """As torchvision's MNASNet: it asks which version of the class wrote the state."""
+
+    _version = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *rest: Any) -> None:
+        if metadata.get("version") not in (1, 2):
+            raise ValueError(f"version should be 1 or 2, got {metadata.get('version')}")
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)  # type: ignore[no-any-return]
+
+
+def test_a_model_that_asks_for_its_own_version_loads_from_a_file_of_tensors(tmp_path: Path) -> None:
+    trained = to_doconv(Versioned())
+    nn.init.normal_(trained.get_parameter("body.0.D"))
+    save(trained, tmp_path / "v.safetensors")
+    assert_same(load(tmp_path / "v.safetensors", Versioned()), trained)
+    old = {key: value for key, value in fold(trained).state_dict().items() if "num_batches" not in key}
+    with pytest.raises(ValueError, match="version should be 1 or 2, got None"):
+        Versioned().load_state_dict(old)
+    load_strictly(Versioned(), old, "old.pth")
