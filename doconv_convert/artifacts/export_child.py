@@ -19,6 +19,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import chain, repeat
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from doconv_convert.artifacts.sources import Source, build
@@ -169,14 +171,24 @@ def main() -> None:
     traceback on stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what an exporter or a model prints must not get among the answers
+    jobs: SimpleQueue[str] = SimpleQueue()
+    Thread(target=_listen, args=(jobs,), daemon=True).start()
     # This takes seconds, and the job may still be in the making.
     importlib.import_module("doconv_convert.artifacts.onnx_export")
-    for line in sys.stdin:
+    while True:
+        line = jobs.get()
         try:
             answer: dict[str, Any] = {"report": asdict(_export(_job_from_json(json.loads(line))))}
         except DoconvError as error:
             answer = {"usage" if isinstance(error, UsageError) else "error": str(error)}
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def _listen(jobs: SimpleQueue[str]) -> None:
+    """Passes the lines of stdin on. Its end is the parent's: an export that nobody waits for must not go on."""
+    for line in sys.stdin:
+        jobs.put(line)
+    os._exit(0)
 
 
 def _death(job: ExportJob, code: int, said: str) -> DoconvError:

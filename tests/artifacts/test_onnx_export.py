@@ -1,6 +1,10 @@
 """Export: same model, same bytes; what the file says is read back; no traces; children and their deaths."""
 
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -363,3 +367,19 @@ def test_a_child_that_is_used_again_exports_what_a_fresh_one_does(
         assert child._process.poll() is not None
     contents = {(tmp_path / f"{i}.onnx").read_bytes() for i in range(3)}
     assert len(contents) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+def test_a_child_ends_with_its_parent() -> None:
+    script = (
+        "import os; from doconv_convert.artifacts.export_child import Child; child = Child()\n"
+        "print(child._process.pid, flush=True); os.kill(os.getpid(), 9)"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    stat = Path(f"/proc/{int(ended.stdout)}/stat")
+    deadline = time.monotonic() + 60
+    # a dead process whose parent does not ask for it is a zombie, Z
+    while stat.exists() and ") Z" not in stat.read_text():
+        assert time.monotonic() < deadline, "the child goes on without its parent"
+        time.sleep(0.1)
