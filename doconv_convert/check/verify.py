@@ -59,7 +59,9 @@ def verify_file(candidate: Path, reference: Reference, progress: Callable[[str],
     return _against_torch(candidate, reference, progress)
 
 
-def count_source(text: str, model_args: Mapping[str, Any], input_shapes: Sequence[str]) -> MacCount:
+def count_source(
+    text: str, model_args: Mapping[str, Any], input_shapes: Sequence[str], ignore: Sequence[str] = ()
+) -> MacCount:
     """MACs of one sample of a SOURCE's plain network, counted on its ONNX export."""
     from doconv_convert.artifacts.models import find_inputs, is_checkpoint, open_model
     from doconv_convert.rewrite.fold import fold_in_place
@@ -74,7 +76,7 @@ def count_source(text: str, model_args: Mapping[str, Any], input_shapes: Sequenc
         if not (inputs.image_list or _is_dynamic(baseline)):  # its count would be that of the traced batch
             one = Reference(against=text, dynamic_batch=False)
             baseline = _export_baseline(Path(folder), opened.source, plain, inputs, one, batch=inputs.fixed_batch or 1)
-        return count_macs(baseline)
+        return count_macs(baseline, ignore=ignore)
 
 
 def _against_torch(candidate: Path, reference: Reference, progress: Callable[[str], None]) -> Proof:
