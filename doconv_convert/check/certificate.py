@@ -71,7 +71,7 @@ def write_certificate(onnx: Path, proof: Proof, side: TorchSide, origin: Origin)
     content = {**content, "digest": digest(content)}
     path = certificate_path(onnx)
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_bytes(_rendered(content))
     return path
 
 
@@ -87,15 +87,18 @@ def read_certificate(path: Path) -> dict[str, Any]:
         raise DoconvError(f"the certificate '{path}' cannot be read ({error.strerror}).") from error
     try:
         content = json.loads(data.decode("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckFailedError(f"'{path}' is not JSON: it was changed after it was written ({error}).") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckFailedError(f'\'{path}\' is no certificate of doconv-convert: expected "format": "{FORMAT}".')
+    unchanged = data.replace(b"\r\n", b"\n") == _rendered(content)  # as git checks text out on Windows
     found, expected = content.pop("digest", None), digest(content)
     if found != expected:
         raise CheckFailedError(
             f"'{path}' was changed after it was written: its content has the digest {expected}, it says {found}."
         )
+    if not unchanged:
+        raise CheckFailedError(f"'{path}' was changed after it was written, in the spelling of a value.")
     if content.get("version") != VERSION:
         raise DoconvError(
             f"'{path}' is a certificate of version {content.get('version')}, expected {VERSION}: "
@@ -108,6 +111,10 @@ def digest(content: Mapping[str, Any]) -> str:
     """SHA-256 of the content's canonical JSON: keys in order, no spaces, ASCII."""
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return f"sha256:{hashlib.sha256(canonical.encode('ascii')).hexdigest()}"
+
+
+def _rendered(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode("ascii")
 
 
 def file_hashes(onnx: Path) -> dict[str, Any]:

@@ -27,8 +27,8 @@ WHOLE = 1 << 16
 BUCKETS = 1 << 16
 # Inputs above this are not copied: only their hash is kept, and the check asks for the samples.
 INPUT_BYTES = 32 * 2**20
-# A sketched error's norm has a relative standard deviation of sqrt(1 / (2 * BUCKETS)) = 0.3 %; measured over 200
-# random errors in 1e6 elements: 0.28 %, the largest 0.9 %.
+# A sketched error's norm has a relative standard deviation of sqrt(1 / (2 * BUCKETS)) = 0.28 %; over 60 random
+# errors in 1e6 elements it was 0.26 %, the largest deviation 0.63 %.
 SLACK = 1.02
 _CHUNK = 1 << 22
 
