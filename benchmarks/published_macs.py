@@ -122,12 +122,29 @@ def measure(name: str, weights: str, kept: Path | None) -> dict[str, Any]:
         if graph is not None:
             onnx.save(proto, graph)
         count = count_macs(proto)
+    heads = {"heads": head_macs(model)} if hasattr(model, "roi_heads") else {}
     return {
+        **heads,
         "input": list(shape),
         "macs": count.total,
         "uncounted": count.uncounted,
-        "flop_counter_macs": flops(model, arguments) / 2,
+        "flop_counter_macs": flops(model, arguments) // 2,
     }
+
+
+def head_macs(model: nn.Module) -> dict[str, int]:
+    """What an R-CNN's heads cost for one proposal, and for one detection (masks or keypoints)."""
+    heads: Any = model.roi_heads
+    pooled = {"box": heads.box_roi_pool, "mask": heads.mask_roi_pool, "keypoint": heads.keypoint_roi_pool}
+    found = {}
+    for name, pool in pooled.items():
+        if pool is not None:
+            head, predictor = getattr(heads, f"{name}_head"), getattr(heads, f"{name}_predictor")
+            features = torch.rand(1, model.backbone.out_channels, *pool.output_size)
+            found["proposal" if name == "box" else "detection"] = (
+                flops(nn.Sequential(head, predictor), (features,)) // 2
+            )
+    return found
 
 
 def _count_detector(model: nn.Module, arguments: tuple[Any, ...], graph: Path | None) -> MacCount:

@@ -151,9 +151,13 @@ def _inputs(arrays: Mapping[str, Array], expected: Sequence[Mapping[str, Any]], 
 
 
 def _beside(certificate: Path, outputs: Mapping[str, Any]) -> Path:
-    """The side file, in the certificate's own folder. Raises DoconvError where there is none."""
-    name = outputs["reference"]["name"]
-    path = certificate.with_name(Path(name).name)
-    if not path.is_file():
-        raise DoconvError(f"the certificate's side file '{path}' is missing: keep it beside the certificate.")
+    """The side file, in the certificate's own folder: renamed with it, or under the name it was written with.
+
+    Raises DoconvError where there is none.
+    """
+    stem = certificate.name.removesuffix(".certificate.json")
+    written = certificate.with_name(Path(outputs["reference"]["name"]).name)
+    path = next((one for one in (certificate.with_name(f"{stem}.reference.npz"), written) if one.is_file()), None)
+    if path is None:
+        raise DoconvError(f"the certificate's side file '{written}' is missing: keep it beside the certificate.")
     return path

@@ -194,6 +194,12 @@ def test_line_ends_as_windows_writes_them_are_no_change(files: Path) -> None:
     assert verify(files).exit_code == 0
 
 
+def test_the_three_files_may_be_renamed(files: Path) -> None:
+    for suffix in (".onnx", ".certificate.json", ".reference.npz"):
+        (files / f"m{suffix}").rename(files / f"release{suffix}")
+    assert verify(files, model="release", certificate="release").exit_code == 0
+
+
 def test_a_flipped_byte_in_the_model_is_refused(files: Path) -> None:
     flip(files / "m.onnx", (files / "m.onnx").stat().st_size // 2)
     assert "files" in failed(files)
