@@ -41,8 +41,8 @@ def write_table(results: Mapping[str, Any]) -> None:
     equal = [key for key, row in plain.items() if round(row["macs"] / GIGA, 3) == row["published"]]
     same = [key for key, row in plain.items() if row["macs"] == row["flop_counter_macs"]]
     lines = [
-        f"{len(equal)} of {len(plain)} entries whose graph is counted whole equal the published figure; {len(same)} equal "
-        f"torch's counter to the last MAC. {len(open_ended)} entries (R-CNNs) are explained below.",
+        f"Of the {len(plain)} entries whose graph is counted whole {len(equal)} equal the published figure and "
+        f"{len(same)} torch's counter to the last MAC. {len(open_ended)} entries (R-CNNs) are explained below.",
         "",
         "| model | weights | input | published, GMACs | ONNX graph, MACs | torch, MACs | equal |",
         "|---|---|---|---:|---:|---:|---|",
@@ -50,7 +50,7 @@ def write_table(results: Mapping[str, Any]) -> None:
         "",
         EXPLAINED.rstrip(),
         "",
-        "| model | weights | uncounted nodes | graph, MACs | each proposal | each detection | published, GMACs | torch, MACs |",
+        "| model | weights | uncounted | graph, MACs | a proposal | a detection | published, GMACs | torch, MACs |",
         "|---|---|---|---:|---:|---:|---|---|",
         *(_open_row(key, row) for key, row in open_ended.items()),
     ]

@@ -80,6 +80,8 @@ class Walk:
                     scope.set_shape(name, known, node.input[0])
         if op in CARRIERS and node.input[0] in scope.weights:
             scope.weights[node.output[0]] = scope.weights[node.input[0]]
+        if op == "ConstantOfShape" and (known := scope.shape(node.output[0])) is not None:
+            scope.weights[node.output[0]] = prod(known)  # how onnx's light models stand in for weights
         counted = RULES.get(op) if contrib is None else contrib.macs
         if op in self.ignore or op in NOT_COUNTED or (contrib is not None and counted is None):
             return MacCount()
