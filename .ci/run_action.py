@@ -127,7 +127,10 @@ def main(wheel: Path, model: Path) -> None:
             print(f"{'ok  ' if good else 'FAIL'} {name}: exit code {code}, expected {expected}")
             if not good:
                 print(said)
-    sys.exit(1 if wrong else 0)
+        python = Path(folder) / "doconv-convert" / "bin" / "python"
+        found = subprocess.run([python, "-c", "import torch"], env=_clean(), capture_output=True).returncode == 0
+        print(f"{'FAIL' if found else 'ok  '} the environment that the action made has no torch")
+    sys.exit(1 if wrong or found else 0)
 
 
 if __name__ == "__main__":

@@ -33,12 +33,13 @@ Outputs: TypeAlias = Callable[[onnx.NodeProto, ShapeOf], Sequence[Shape | None]]
 @dataclass(frozen=True)
 class Contrib:
     """One operator: its outputs' shapes (None: not known) from those of its inputs, its MACs with the inputs that
-    are weights or biases (None: it multiplies nothing by convention), and the elements of a weight that is stored
-    packed, several in a byte."""
+    are weights or biases (None: it multiplies nothing by convention), the elements of a weight that is stored packed,
+    several in a byte, and the input whose element type its outputs have."""
 
     outputs: Outputs
     macs: tuple[Rule, tuple[int, ...]] | None = None
     packed: Callable[[onnx.NodeProto], int] | None = None
+    like: int = 0
 
 
 def _given(node: onnx.NodeProto, index: int) -> bool:
@@ -243,39 +244,38 @@ _MICROSOFT = {
     "QGemm": Contrib(_gemm_shape(0, 3), (gemm(0), (3, 6))),
     "FusedMatMul": Contrib(_fused_matmul_shape, (_fused_matmul, (0, 1))),
     "TransposeMatMul": Contrib(_fused_matmul_shape, (_fused_matmul, (0, 1))),
-    "MatMulIntegerToFloat": Contrib(_matmul_shape(0, 1), (matmul, (1, 6))),
+    "MatMulIntegerToFloat": Contrib(_matmul_shape(0, 1), (matmul, (1, 6)), like=2),
     "MatMulInteger16": Contrib(_matmul_shape(0, 1), (matmul, (0, 1))),
     "DynamicQuantizeMatMul": Contrib(_matmul_shape(0, 1), (matmul, (1, 4))),
     "MatMulNBits": _NBITS,
     "MatMulBnb4": Contrib(_NBITS.outputs, (_nbits, ()), _packed_elements),
     "DynamicQuantizeLSTM": Contrib(_lstm_shape, (recurrent, (1, 2, 3, 7))),
     "Attention": Contrib(_ATTENTION, (_ATTENTION_MACS, (1, 2))),
-    "QAttention": Contrib(_QATTENTION, (_QATTENTION_MACS, (1, 2))),
+    "QAttention": Contrib(_QATTENTION, (_QATTENTION_MACS, (1, 2)), like=3),
     "MultiHeadAttention": Contrib(_multi_head_shape, (_multi_head_macs, (3,))),
     "GroupQueryAttention": Contrib(_group_query_shape, (_group_query_macs, ())),
-    "QLinearConcat": Contrib(_concat),
+    "QLinearConcat": Contrib(_concat, like=2),
     "QLinearGlobalAveragePool": Contrib(_global_pool),
     "QLinearAveragePool": Contrib(_standard("AveragePool", 0)),
     "NhwcMaxPool": Contrib(_standard("MaxPool", 0)),
     "QLinearReduceMean": Contrib(_reduce_mean),
     "QLinearAdd": Contrib(_like(0, 3)),
     "QLinearMul": Contrib(_like(0, 3)),
-    "QLinearWhere": Contrib(_like(0, 1, 4)),
     "BiasGelu": Contrib(_like(0, 1)),
     "BiasSoftmax": Contrib(_like(0)),
     "BiasAdd": Contrib(_like(0)),
     "SkipLayerNormalization": Contrib(_skip_norm),
     "SkipSimplifiedLayerNormalization": Contrib(_skip_norm),
-    "EmbedLayerNormalization": Contrib(_embedding),
+    "EmbedLayerNormalization": Contrib(_embedding, like=2),
+    "QuantizeLinear": Contrib(_like(0), like=2),
+    "DequantizeLinear": Contrib(_like(0), like=1),
+    "QLinearWhere": Contrib(_like(0, 1, 4), like=1),
     **{
         op: Contrib(_like(0))
         for op in (
             "QLinearSigmoid",
             "QLinearLeakyRelu",
             "QLinearSoftmax",
-            "QuantizeLinear",
-            "DequantizeLinear",
-            "DynamicQuantizeLinear",
             "FastGelu",
             "Gelu",
             "QuickGelu",

@@ -77,7 +77,7 @@ class Walk:
         else:
             with suppress(LookupError, ArithmeticError, ValueError):  # an input's shape is unknown
                 for name, known in zip(node.output, contrib.outputs(node, shape), strict=False):
-                    scope.set_shape(name, known, node.input[0])
+                    scope.set_shape(name, known, node.input[contrib.like])
         if op in CARRIERS and node.input[0] in scope.weights:
             scope.weights[node.output[0]] = scope.weights[node.input[0]]
         if op == "ConstantOfShape" and (known := scope.shape(node.output[0])) is not None:

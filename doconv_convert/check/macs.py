@@ -65,7 +65,7 @@ def parse_macs(text: str) -> int:
     from decimal import Decimal, InvalidOperation
 
     number = text.strip().removesuffix("MACs").strip()
-    scale = next((unit for prefix, unit in _UNITS if number.endswith(prefix)), 1)
+    scale = next((unit for prefix, unit in _UNITS if number.endswith((prefix, prefix.upper()))), 1)
     try:
         macs = Decimal(number[:-1] if scale > 1 else number) * scale
     except InvalidOperation:

@@ -21,11 +21,14 @@ from doconv_convert.check.proof import Proof, Status
 from doconv_convert.check.reference import Expected, array_hash, compare_with, read_arrays
 from doconv_convert.errors import CheckFailedError, DoconvError, UsageError
 
+# What `fold --onnx` establishes; a file with fewer checks is not proven.
+PROVEN_BY = ("fold", "graph", "macs", "outputs", "coverage")
 
-def verify_certificate(candidate: Path, certificate: Path, samples: Path | None = None) -> Proof:
+
+def verify_certificate(candidate: Path, certificate: Path, input_file: Path | None = None) -> Proof:
     """Check the ONNX file `candidate` against a certificate and the side file next to that.
 
-    `samples` (.npy, .npz) are the inputs, where they were too large for the side file. Raises DoconvError where a
+    `input_file` (.npy, .npz) has the inputs, where they were too large for the side file. Raises DoconvError where a
     file is missing; what does not fit fails a status.
     """
     if not candidate.is_file():
@@ -40,7 +43,9 @@ def verify_certificate(candidate: Path, certificate: Path, samples: Path | None 
         proof.statuses.append(_standing(content))
         proof.statuses.append(_tried("files", lambda: _files(candidate, certificate, content)))
         proof.statuses.append(_tried("macs", lambda: _macs(candidate, content["macs"], proof)))
-        proof.statuses.append(_tried("outputs", lambda: _outputs(candidate, certificate, content["outputs"], samples)))
+        proof.statuses.append(
+            _tried("outputs", lambda: _outputs(candidate, certificate, content["outputs"], input_file))
+        )
     except UsageError:
         raise
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -63,7 +68,8 @@ def _standing(content: Mapping[str, Any]) -> Status:
     """What the certificate itself claims: every check was made and passed."""
     states = {check["name"]: check["state"] for check in content["checks"]}
     short = [f"'{name}' {state}" for name, state in states.items() if state != "passed"]
-    if short or not states or content["proven"] is not True:
+    short += [f"'{name}' is missing" for name in PROVEN_BY if name not in states]
+    if short or content["proven"] is not True:
         return Status("certificate", "failed", "it does not say that the file was proven", tuple(short))
     tool, torch = content["tool"]["version"], content["libraries"].get("torch", "?")
     detail = f"its digest is right; {', '.join(states)} passed with doconv-convert {tool}, torch {torch}"

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ import numpy as np
 import pytest
 from onnx import numpy_helper
 from support import varied_images
-from support_cli import names, run_cli, run_python, trained, write_model
+from support_cli import ROOT, names, run_cli, run_python, trained, write_model
 
+import doconv_convert
 from doconv_convert.artifacts import export_child, onnx_file
 from doconv_convert.artifacts.models import Opened, find_inputs
 from doconv_convert.artifacts.sources import build, parse_source
@@ -136,6 +139,8 @@ def test_a_fold_writes_a_certificate_that_holds(made: Path) -> None:
     result = verify(made)
     assert result.exit_code == 0, result.stdout
     assert "proven: true" in result.stdout
+    assert doconv_convert.verify(made / "m.onnx", certificate=made / "m.certificate.json").proven
+    assert not doconv_convert.verify(made / "n.onnx", certificate=made / "m.certificate.json").proven
 
 
 def test_the_certificate_follows_the_published_schema(made: Path) -> None:
@@ -250,6 +255,7 @@ def test_what_can_be_found_out_is_not_believed(files: Path) -> None:
         (lambda c: c["outputs"]["tensors"][0].update(name="other"), "outputs"),
         (lambda c: c["checks"][1].update(state="not checked"), "certificate"),
         (lambda c: c.update(checks=[]), "certificate"),
+        (lambda c: c["checks"].pop(1), "certificate"),
         (lambda c: c["outputs"].update(tensors=[]), "outputs"),
         (lambda c: c.pop("macs"), "certificate"),
         (lambda c: c["outputs"]["tensors"][0].update(shape="large"), "certificate"),
@@ -341,3 +347,16 @@ def test_errors_name_the_file(files: Path) -> None:
     both = ["--against", files / "n.onnx", "--certificate", files / "n.certificate.json"]
     assert run_cli("verify", files / "n.onnx", *both).exit_code == 2
     assert run_cli("verify", files / "n.onnx").exit_code == 2
+
+
+@pytest.mark.zoo
+def test_the_actions_steps_pass_and_fail_in_an_environment_without_torch(made: Path, tmp_path: Path) -> None:
+    """The wheel without its dependencies, onnx, onnxruntime, typer, rich and numpy: what action.yml installs."""
+    build_wheel = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT]
+    subprocess.run(build_wheel, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    done = subprocess.run(
+        [sys.executable, ROOT / ".ci" / "run_action.py", wheel, made / "m.onnx"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("ok  ") == 8

@@ -1,5 +1,6 @@
 """onnxruntime's own operators: the counted MACs by hand, the learnt shapes against what onnxruntime really returns."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -208,3 +209,74 @@ def test_what_follows_an_operator_of_onnxruntimes_is_counted() -> None:
     counted = count_macs(proto)
     assert [n.macs for n in counted.nodes] == [2 * 6 * 5 * 4 * 18, 2 * 3 * 5 * 4 * 6]
     assert counted.uncounted == {}
+
+
+def network() -> onnx.ModelProto:
+    """Convolutions, a branch, a sum, a concatenation, pooling and a head: what quantising meets."""
+    rng = np.random.default_rng(0)
+    shapes = {"w1": (8, 3, 3, 3), "w2": (8, 8, 3, 3), "w3": (4, 16, 1, 1), "w4": (4, 5), "b1": (8,), "b4": (5,)}
+    nodes = [
+        helper.make_node("Conv", ["x", "w1", "b1"], ["a"], pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("Conv", ["b", "w2"], ["c"], pads=[1, 1, 1, 1]),
+        helper.make_node("Add", ["b", "c"], ["d"]),
+        helper.make_node("Concat", ["b", "d"], ["e"], axis=1),
+        helper.make_node("Conv", ["e", "w3"], ["f"]),
+        helper.make_node("GlobalAveragePool", ["f"], ["g"]),
+        helper.make_node("Flatten", ["g"], ["h"]),
+        helper.make_node("Gemm", ["h", "w4", "b4"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "network",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [2, 3, 8, 8])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [2, 5])],
+        [numpy_helper.from_array(rng.standard_normal(shape, np.float32), name) for name, shape in shapes.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def quantised(path: Path, kind: str) -> Path:
+    """The file as onnxruntime's own tools quantise or optimise it."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_dynamic, quantize_static
+
+    class Samples(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = [np.random.default_rng(0).standard_normal((2, 3, 8, 8), np.float32)]
+
+        def get_next(self) -> Any:
+            return {"x": self.left.pop()} if self.left else None
+
+    out = path.with_name(f"{kind}.onnx")
+    if kind == "optimised":
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(out)
+        onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    elif kind == "dynamic":
+        quantize_dynamic(path, out)
+    else:
+        form = QuantFormat.QDQ if kind == "qdq" else QuantFormat.QOperator
+        quantize_static(path, out, Samples(), quant_format=form)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [
+        ("optimised", {"FusedConv"}),
+        ("dynamic", {"ConvInteger", "MatMulInteger"}),
+        ("operators", {"QLinearConv", "QLinearConcat", "QLinearAdd", "QGemm"}),
+        ("qdq", {"DequantizeLinear"}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_a_quantised_or_optimised_network_has_the_macs_it_had(tmp_path: Path, kind: str, found: set[str]) -> None:
+    path = tmp_path / "float.onnx"
+    onnx.save(network(), path)
+    expected, out = count_macs(path), quantised(path, kind)
+    assert found <= {node.op_type for node in onnx.load(out).graph.node}
+    counted = count_macs(out)
+    assert counted.uncounted == {}
+    assert [n.macs for n in counted.nodes] == [n.macs for n in expected.nodes]
+    assert counted.total == 2 * (64 * 8 * 27 + 64 * 8 * 72 + 64 * 4 * 16 + 4 * 5)

@@ -420,7 +420,15 @@ def test_a_file_that_is_no_model_is_refused(tmp_path: Path, content: bytes) -> N
 
 @pytest.mark.parametrize(
     ("text", "macs"),
-    [("4.1G", 4_100_000_000), ("312.4 MMACs", 312_400_000), ("1814073344", 1_814_073_344), ("0", 0), ("2.5", 2)],
+    [
+        ("4.1G", 4_100_000_000),
+        ("10K", 10_000),
+        ("312.4 MMACs", 312_400_000),
+        ("1814073344", 1_814_073_344),
+        ("0", 0),
+        ("2.5", 2),
+        ("10K", 10_000),
+    ],
 )
 def test_a_budget_is_read_exactly(text: str, macs: int) -> None:
     assert parse_macs(text) == macs
