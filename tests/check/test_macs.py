@@ -427,7 +427,6 @@ def test_a_file_that_is_no_model_is_refused(tmp_path: Path, content: bytes) -> N
         ("1814073344", 1_814_073_344),
         ("0", 0),
         ("2.5", 2),
-        ("10K", 10_000),
     ],
 )
 def test_a_budget_is_read_exactly(text: str, macs: int) -> None:
