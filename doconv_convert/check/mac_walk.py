@@ -23,18 +23,16 @@ from doconv_convert.check.onnx_model import CARRIERS
 
 @dataclass(frozen=True)
 class Walk:
-    """One pass over a graph in its order; `sizes` are those of the dynamic dimensions, `ignore` operators that
-    multiply nothing."""
+    """One pass over a graph in its order; `sizes` are those of the dynamic dimensions."""
 
     opsets: Sequence[onnx.OperatorSetIdProto]
     functions: Mapping[tuple[str, str, str], onnx.FunctionProto]
     sizes: Mapping[str, int]
-    ignore: frozenset[str]
 
     @classmethod
-    def of(cls, model: onnx.ModelProto, sizes: Mapping[str, int], ignore: Iterable[str] = ()) -> "Walk":
+    def of(cls, model: onnx.ModelProto, sizes: Mapping[str, int]) -> "Walk":
         functions = {(one.domain, one.name, one.overload): one for one in model.functions}
-        return cls(list(model.opset_import), functions, sizes, frozenset(ignore))
+        return cls(list(model.opset_import), functions, sizes)
 
     def graph(self, graph: onnx.GraphProto, scope: Scope) -> MacCount:
         for tensor in graph.initializer:
@@ -83,7 +81,7 @@ class Walk:
         if op == "ConstantOfShape" and (known := scope.shape(node.output[0])) is not None:
             scope.weights[node.output[0]] = prod(known)  # how onnx's light models stand in for weights
         counted = RULES.get(op) if contrib is None else contrib.macs
-        if op in self.ignore or op in NOT_COUNTED or (contrib is not None and counted is None):
+        if op in NOT_COUNTED or (contrib is not None and counted is None):
             return MacCount()
         if op == "Einsum" and len(node.input) == 1:
             return MacCount()

@@ -14,7 +14,7 @@ Where the graph alone does not say what runs, the count says what it assumed (`M
 - Einsum contracts its operands from left to right, each step the product of all index extents that it sees.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import onnx
 
@@ -28,23 +28,26 @@ from doconv_convert.errors import DoconvError, UsageError
 _UNITS = (("P", 10**15), ("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3))
 
 
-def count_macs(model: ModelSource, dims: Mapping[str, int] | None = None, ignore: Iterable[str] = ()) -> MacCount:
+def count_macs(model: ModelSource, dims: Mapping[str, int] | None = None, ignore: Collection[str] = ()) -> MacCount:
     """Count the MACs of one run of an ONNX model (a path or a ModelProto).
 
     `dims` gives sizes to dynamic dimensions by name (`input[axis]` for one that has no name). A dimension 0 that
-    is not given is a batch of 1. The operators in `ignore` ('ReLU', 'com.example.Mask') are taken to multiply
-    nothing. Raises DoconvError if another dimension is not given, if `dims` names one that the model does not have
-    or gives less than 1, or if the file is not a valid ONNX model.
+    is not given is a batch of 1. The operators in `ignore` ('com.example.Mask') are taken to multiply nothing
+    where they cannot be counted.
+
+    Raises DoconvError if another dimension is not given, if `dims` names one that the model does not have or gives
+    less than 1, or if the file is not a valid ONNX model.
     """
     proto = read_model(model)
     inputs = _inputs(proto)
     sizes, assumed = _sizes(inputs, dims or {})
     scope = Scope(types={value.name: bound_type(value, sizes) for value in inputs})
     try:
-        count = Walk.of(proto, sizes, ignore).graph(proto.graph, scope)
+        count = Walk.of(proto, sizes).graph(proto.graph, scope)
     except (LookupError, ValueError) as error:
         raise DoconvError("a node lacks an input or attribute: see what onnx.checker says of the model") from error
-    return MacCount(count.nodes, count.uncounted, (*assumed, *count.assumed))
+    uncounted = {op: number for op, number in count.uncounted.items() if op not in ignore}
+    return MacCount(count.nodes, uncounted, (*assumed, *count.assumed))
 
 
 def dynamic_dims(model: ModelSource) -> list[str]:

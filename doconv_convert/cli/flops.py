@@ -28,7 +28,8 @@ def flops(
         list[str] | None, typer.Option("--dim", metavar="NAME=SIZE", help="A dynamic dimension's size; repeats.")
     ] = None,
     ignore: Annotated[
-        list[str] | None, typer.Option("--ignore", metavar="OP", help="This operator multiplies nothing; repeats.")
+        list[str] | None,
+        typer.Option("--ignore", metavar="OP", help="An uncounted operator that multiplies nothing; repeats."),
     ] = None,
     model_args: o.ModelArgs = None,
     input_shape: o.InputShape = None,
