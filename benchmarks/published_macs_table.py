@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import product
-from pathlib import Path
 from typing import Any
 
-TABLE = Path(__file__).parents[1] / "docs" / "published_macs.md"
 GIGA = 10**9
 
 HEAD = """\
@@ -34,8 +32,8 @@ ConvTranspose nodes are listed as uncounted, never as zero. The published figure
 """
 
 
-def write_table(results: Mapping[str, Any]) -> None:
-    """Writes the page; raises AssertionError where a difference has no explanation."""
+def rendered(results: Mapping[str, Any]) -> str:
+    """The page. Raises AssertionError where a difference has no explanation."""
     plain = {key: row for key, row in results.items() if not row["uncounted"]}
     open_ended = {key: row for key, row in results.items() if row["uncounted"]}
     equal = [key for key, row in plain.items() if round(row["macs"] / GIGA, 3) == row["published"]]
@@ -54,9 +52,9 @@ def write_table(results: Mapping[str, Any]) -> None:
         "|---|---|---|---:|---:|---:|---|---|",
         *(_open_row(key, row) for key, row in open_ended.items()),
     ]
-    TABLE.write_text(HEAD + "\n".join(lines) + "\n")
     unexplained = sorted((plain.keys() - set(equal)) | (plain.keys() - set(same)))
     assert not unexplained, f"no explanation for {unexplained}"
+    return HEAD + "\n".join(lines) + "\n"
 
 
 def _row(key: str, row: Mapping[str, Any]) -> str:
@@ -64,7 +62,7 @@ def _row(key: str, row: Mapping[str, Any]) -> str:
     published = round(row["macs"] / GIGA, 3) == row["published"]
     torch = row["macs"] == row["flop_counter_macs"]
     verdict = "both" if published and torch else "published only" if published else "torch only" if torch else "**no**"
-    size = "x".join(map(str, row["input"]))
+    size = " x ".join(map(str, row["input"]))
     return (
         f"| {name} | {weights} | {size} | {row['published']:.3f} | {row['macs']:,} | {row['flop_counter_macs']:,} "
         f"| {verdict} |"

@@ -86,7 +86,7 @@ def read_certificate(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise DoconvError(f"the certificate '{path}' cannot be read ({error.strerror}).") from error
     try:
-        content = json.loads(data.decode("utf-8"))
+        content = json.loads(data.decode("utf-8"), parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise CheckFailedError(f"'{path}' is not JSON: it was changed after it was written ({error}).") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -111,6 +111,11 @@ def digest(content: Mapping[str, Any]) -> str:
     """SHA-256 of the content's canonical JSON: keys in order, no spaces, ASCII."""
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return f"sha256:{hashlib.sha256(canonical.encode('ascii')).hexdigest()}"
+
+
+def _no_number(text: str) -> None:
+    """Python reads NaN and Infinity, which JSON does not have."""
+    raise ValueError(f"'{text}' is no number")
 
 
 def _rendered(content: Mapping[str, Any]) -> bytes:

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,18 @@ except SystemExit as end:
 """
 
 
+class AtOnce(Executor):
+    """Exporting and tracing change torch for the whole process: not in a thread beside the proof's own runs."""
+
+    def __init__(self, _: int) -> None:
+        pass
+
+    def submit(self, work: Any, /, *arguments: Any, **options: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(work(*arguments, **options))
+        return future
+
+
 def fold_here(folder: Path, checkpoint: str = "a", target: str = "m", verify: bool = True) -> None:
     """As `fold --onnx`, exporting in this process: children of its own cost seconds, and one test has them."""
     source = parse_source(f"{folder / 'net.py'}:make")
@@ -69,7 +82,8 @@ def fold_here(folder: Path, checkpoint: str = "a", target: str = "m", verify: bo
     inputs = find_inputs(Opened(loaded.trained, source), None, None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export_child, "_run", lambda job, *_: export_child._export(job))
-        patch.setattr(releases, "_side_by_side", lambda _: False)  # an exporter is not for two threads
+        patch.setattr(releases, "_side_by_side", lambda _: False)
+        patch.setattr(releases, "ThreadPoolExecutor", AtOnce)
         made = releases.release(loaded, inputs, onnx=folder / f"{target}.onnx", verify=verify, certify=True)
     assert made.certificate == (folder / f"{target}.certificate.json" if verify else None)
 
@@ -190,6 +204,12 @@ def test_a_flipped_byte_anywhere_in_the_certificate_is_refused(files: Path) -> N
         assert proof.state("certificate") == "failed", whole[position - 10 : position + 10]
         path.write_bytes(whole)
     flip(path, len(whole) // 2)
+    assert failed(files) == {"certificate"}
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", "null", '{"format": NaN}', "[" * 100_000, "\xff", '{"a": 1e999}'])
+def test_what_is_no_certificate_is_refused(files: Path, text: str) -> None:
+    (files / "m.certificate.json").write_text(text, encoding="latin-1")
     assert failed(files) == {"certificate"}
 
 
