@@ -1,4 +1,4 @@
-"""`doconv-convert verify`: check an ONNX file against a checkpoint, a source or another ONNX file."""
+"""`doconv-convert verify`: an ONNX file against a checkpoint, a source, another ONNX file or its certificate."""
 
 from __future__ import annotations
 
@@ -47,12 +47,16 @@ def verify(
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
-    """Graph, MACs, outputs and coverage. Exits with 3 where a check fails."""
+    """Graph, MACs, outputs and coverage; or hashes, MACs and outputs of a certificate. Exits with 3 where one fails."""
     as_json, github = o.chosen_format(form, as_json, candidate)
     with output(as_json, quiet, debug, "verifying", github=github) as shown:
         if (against is None) is (certificate is None):
             raise UsageError("verify: say what to check against: --against or --certificate, one of them.")
         if certificate is not None:
+            if model is not None or weights is not None:
+                raise UsageError(
+                    "verify: --model and --weights go with --against; a certificate names its own network."
+                )
             from doconv_convert.check.recheck import verify_certificate
 
             _show(shown, verify_certificate(candidate, certificate, input_file))
