@@ -48,10 +48,10 @@ def verify(
     debug: o.Debug = False,
 ) -> None:
     """Graph, MACs, outputs and coverage; or hashes, MACs and outputs of a certificate. Exits with 3 where one fails."""
+    if (against is None) is (certificate is None):
+        raise typer.BadParameter("say what to check against: --against or --certificate, one of them.")
     as_json, github = o.chosen_format(form, as_json, candidate)
     with output(as_json, quiet, debug, "verifying", github=github) as shown:
-        if (against is None) is (certificate is None):
-            raise UsageError("verify: say what to check against: --against or --certificate, one of them.")
         if certificate is not None:
             if model is not None or weights is not None:
                 raise UsageError(
