@@ -59,7 +59,7 @@ def publish_data(temporary: Path, target: Path) -> str:
     The caller writes the name into the file it then puts at `target` by `atomic_write`, and calls
     `remove_stale_data`.
     """
-    name = f"{target.name}.{_content_hash(temporary)}.data"
+    name = f"{target.name}.{content_hash(temporary)[:16]}.data"
     with _refused(target, temporary):
         _replace(temporary, target.parent / name)
     return name
@@ -72,6 +72,18 @@ def remove_stale_data(target: Path, keep: str | None = None) -> None:
         if data_file.fullmatch(path.name) and path.name != keep:
             with _refused(path, path):
                 path.unlink()
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal. Raises DoconvError where it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    except OSError as error:
+        raise DoconvError(f"'{path}' cannot be read ({error.strerror or error}).") from error
+    return digest.hexdigest()
 
 
 def _check_place(target: Path) -> None:
@@ -112,11 +124,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _content_hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()[:16]

@@ -2,9 +2,8 @@
 
 from collections.abc import Callable
 from math import prod
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-import numpy as np
 import onnx
 
 Shape: TypeAlias = tuple[int, ...]
@@ -41,54 +40,83 @@ NOT_COUNTED = frozenset(
 RANDOM = frozenset(op for op in NOT_COUNTED if op.startswith(("Bernoulli", "Multinomial", "Random")))
 
 
-def _conv(weight: int) -> Rule:
+def conv(weight: int) -> Rule:
     """Each output element sums over its group's channels and the kernel: weight (C_out, C_in/g, *kernel)."""
     return lambda _, shape: prod(shape(OUTPUT)) * prod(shape(weight)[1:])
 
 
-def _conv_transpose(_: onnx.NodeProto, shape: ShapeOf) -> int:
+def conv_transpose(_: onnx.NodeProto, shape: ShapeOf) -> int:
     """Each input element goes to its group's channels: weight (C_in, C_out/g, *kernel)."""
     return prod(shape(0)) * prod(shape(1)[1:])
 
 
-def _gemm(node: onnx.NodeProto, shape: ShapeOf) -> int:
-    transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
-    return prod(shape(OUTPUT)) * shape(0)[0 if transposed else 1]
+def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
+    """The value of the node's attribute `name`."""
+    found = next((one for one in node.attribute if one.name == name), None)
+    return default if found is None else onnx.helper.get_attribute_value(found)
 
 
-def _matmul(_: onnx.NodeProto, shape: ShapeOf) -> int:
+def gemm(first: int) -> Rule:
+    """(M, K) times (K, N), each perhaps stored transposed."""
+    return lambda node, shape: prod(shape(OUTPUT)) * shape(first)[0 if attribute(node, "transA", 0) else 1]
+
+
+def matmul(_: onnx.NodeProto, shape: ShapeOf) -> int:
     return prod(shape(OUTPUT)) * shape(0)[-1]
 
 
 def _einsum(node: onnx.NodeProto, shape: ShapeOf) -> int:
-    """The product of all index extents, for two operands."""
-    equation = next(attribute.s.decode() for attribute in node.attribute if attribute.name == "equation")
-    first, second = equation.replace(" ", "").split("->")[0].split(",")
-    extents: dict[str, int] = {}
-    batches: list[Shape] = []
-    for term, dims in ((first, shape(0)), (second, shape(1))):
-        before, ellipsis, after = term.partition("...")
-        stop = len(dims) - len(after)
-        batches.append(dims[len(before) : stop] if ellipsis else ())
-        for letter, extent in zip(before + after, dims[: len(before)] + dims[stop:], strict=True):
-            extents[letter] = max(extent, extents.get(letter, 1))
-    return prod(extents.values()) * prod(np.broadcast_shapes(*batches))
+    """Operand after operand, from left to right: each step multiplies over all index extents it sees, and sums
+    those away that neither the result nor a later operand names."""
+    left, arrow, right = attribute(node, "equation").decode().replace(" ", "").partition("->")
+    terms = [_indices(term, shape(index)) for index, term in enumerate(left.split(","))]
+    if not arrow:  # by numpy's rule the result has the indices that occur once
+        right = "".join(letter for letter in left if letter.isalpha() and left.count(letter) == 1)
+        right += "..." if "..." in left else ""
+    macs, seen = 0, terms[0]
+    for index, term in enumerate(terms[1:], 1):
+        seen = {key: max(seen.get(key, 1), term.get(key, 1)) for key in (*seen, *term)}
+        macs += prod(seen.values())
+        later = {key for other in terms[index + 1 :] for key in other}
+        kept = later | set(right) | ({key for key in seen if key.startswith("...")} if "..." in right else set())
+        seen = {key: extent for key, extent in seen.items() if key in kept}
+    return macs
+
+
+def _indices(term: str, dims: Shape) -> dict[str, int]:
+    """The extent of every index of one operand; an ellipsis' dimensions are '...0', '...1' from the last one on."""
+    before, ellipsis, after = term.partition("...")
+    stop = len(dims) - len(after)
+    middle = dims[len(before) : stop] if ellipsis else ()
+    extents = {f"...{place}": extent for place, extent in enumerate(reversed(middle))}
+    for letter, extent in zip(before + after, dims[: len(before)] + dims[stop:], strict=True):
+        extents[letter] = max(extent, extents.get(letter, 1))
+    return extents
 
 
 def _attention(node: onnx.NodeProto, shape: ShapeOf) -> int:
     """Queries times keys, and the result times values; packed operands are (batch, length, heads * size)."""
-    heads: dict[str, int] = {attribute.name: attribute.i for attribute in node.attribute}
     query, key, value = shape(0), shape(1), shape(2)
     if len(query) == 3:
-        (batch, length, width), q_heads, kv_heads = query, heads["q_num_heads"], heads["kv_num_heads"]
-        keys, size, value_size = key[1], width // q_heads, value[2] // kv_heads
+        (batch, length, width), q_heads = query, int(attribute(node, "q_num_heads"))
+        keys, size, value_size = key[1], width // q_heads, value[2] // int(attribute(node, "kv_num_heads"))
     else:
         (batch, q_heads, length, size), keys, value_size = query, key[2], value[3]
     past = shape(4)[2] if len(node.input) > 4 and node.input[4] else 0
     return batch * q_heads * length * (keys + past) * (size + value_size)
 
 
-def _recurrent(_: onnx.NodeProto, shape: ShapeOf) -> int:
+def _affine_grid(_: onnx.NodeProto, shape: ShapeOf) -> int:
+    """Every position (with a 1 behind it) times theta, (N, rank, rank + 1)."""
+    return prod(shape(OUTPUT)) * shape(0)[-1]
+
+
+def _linear_model(node: onnx.NodeProto, shape: ShapeOf) -> int:
+    """Each row times all coefficients."""
+    return shape(0)[0] * len(list(attribute(node, "coefficients")))
+
+
+def recurrent(_: onnx.NodeProto, shape: ShapeOf) -> int:
     """Each step of each sequence multiplies by both weights, which hold all gates and directions."""
     return prod(shape(0)[:2]) * (prod(shape(1)) + prod(shape(2)))
 
@@ -99,19 +127,22 @@ def unknown(_: onnx.NodeProto, __: ShapeOf) -> int:
 
 # operator: how its MACs follow from its shapes, and which of its inputs are weights or biases
 RULES: dict[str, tuple[Rule, tuple[int, ...]]] = {
-    "Conv": (_conv(1), (1, 2)),
-    "ConvInteger": (_conv(1), (1,)),
-    "QLinearConv": (_conv(3), (3, 8)),
-    "DeformConv": (_conv(1), (1, 3)),
-    "CausalConvWithState": (_conv(1), (1, 2)),
-    "ConvTranspose": (_conv_transpose, (1, 2)),
-    "Gemm": (_gemm, (0, 1, 2)),
-    "MatMul": (_matmul, (0, 1)),
-    "MatMulInteger": (_matmul, (0, 1)),
-    "QLinearMatMul": (_matmul, (0, 3)),
-    "Einsum": (_einsum, (0, 1)),
+    "Conv": (conv(1), (1, 2)),
+    "ConvInteger": (conv(1), (1,)),
+    "QLinearConv": (conv(3), (3, 8)),
+    "DeformConv": (conv(1), (1, 3)),
+    "CausalConvWithState": (conv(1), (1, 2)),
+    "ConvTranspose": (conv_transpose, (1, 2)),
+    "Gemm": (gemm(0), (0, 1, 2)),
+    "MatMul": (matmul, (0, 1)),
+    "MatMulInteger": (matmul, (0, 1)),
+    "QLinearMatMul": (matmul, (0, 3)),
+    "Einsum": (_einsum, tuple(range(8))),
     "Attention": (_attention, ()),
-    "LSTM": (_recurrent, (1, 2, 3, 7)),
-    "GRU": (_recurrent, (1, 2, 3)),
-    "RNN": (_recurrent, (1, 2, 3)),
+    "AffineGrid": (_affine_grid, ()),
+    "ai.onnx.ml.LinearClassifier": (_linear_model, ()),
+    "ai.onnx.ml.LinearRegressor": (_linear_model, ()),
+    "LSTM": (recurrent, (1, 2, 3, 7)),
+    "GRU": (recurrent, (1, 2, 3)),
+    "RNN": (recurrent, (1, 2, 3)),
 }

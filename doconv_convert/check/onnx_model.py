@@ -1,11 +1,12 @@
 """An ONNX model, from memory or from a file, with its external data left unread."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import PurePath
 from typing import TypeAlias
 
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
 
 from doconv_convert.errors import DoconvError
 
@@ -31,6 +32,35 @@ def read_model(model: ModelSource) -> onnx.ModelProto:
     if not loaded.HasField("graph") or not loaded.opset_import:
         raise DoconvError(f"'{path}' is not an ONNX model: expected a graph and its opset, got neither")
     return loaded
+
+
+def external_files(model: ModelSource) -> list[str]:
+    """The names of the files that hold the model's external data, as the model names them, in order.
+
+    Raises DoconvError for one that lies outside of the model's folder.
+    """
+    names = {
+        entry.value
+        for tensor in _tensors(read_model(model))
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    for name in names:
+        if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+            raise DoconvError(f"external data points out of the model's folder: '{name}'")
+    return sorted(names)
+
+
+def _tensors(part: Message) -> Iterator[onnx.TensorProto]:
+    """Every tensor in a model, wherever it stands: initializers, attributes, subgraphs, functions."""
+    if isinstance(part, onnx.TensorProto):
+        yield part
+        return
+    for field, value in part.ListFields():
+        if field.message_type is not None:
+            for one in value if field.is_repeated else (value,):
+                yield from _tensors(one)
 
 
 def present(names: Sequence[str]) -> list[str]:

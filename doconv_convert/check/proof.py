@@ -57,6 +57,7 @@ class Proof:
     outputs: list[OutputCheck] = field(default_factory=list)
     reach: Mapping[str, float | None] = field(default_factory=dict)
     decides: Sequence[str] = ()
+    count: MacCount | None = None
 
     @property
     def failed(self) -> bool:
@@ -71,8 +72,9 @@ class Proof:
         return next((status.state for status in self.statuses if status.name == name), "not checked")
 
     def to_json(self) -> dict[str, Any]:
-        """Every figure; NaN and infinity, which JSON does not have, are null."""
-        figures: dict[str, Any] = _without_nan(asdict(self))
+        """Every figure but the count node by node; NaN and infinity, which JSON does not have, are null."""
+        figures: dict[str, Any] = without_nan(asdict(replace(self, count=None)))
+        del figures["count"]
         return {**figures, "proven": self.proven, "failed": self.failed}
 
 
@@ -94,11 +96,12 @@ class TorchSide:
     decides: frozenset[str] = frozenset()
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """The same value with None for NaN and infinity, which JSON does not have."""
     if isinstance(value, Mapping):
-        return {key: _without_nan(one) for key, one in value.items()}
+        return {key: without_nan(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(one) for one in value]
+        return [without_nan(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -117,8 +120,8 @@ def check_graph(baseline: Path, candidate: Path, *, values: bool = True) -> Stat
 def check_macs(baseline: Path | MacCount, candidate: Path, inputs: Sequence[Array] = ()) -> tuple[Status, MacCount]:
     """MACs as exact integers, per node and in total, of one sample (of the whole batch that a static file fixes);
     `inputs` have the sizes for other dynamic dimensions."""
-    expected = baseline if isinstance(baseline, MacCount) else count_macs(baseline, _dynamic_sizes(baseline, inputs))
-    count = count_macs(candidate, _dynamic_sizes(candidate, inputs))
+    expected = baseline if isinstance(baseline, MacCount) else count_macs(baseline, dynamic_sizes(baseline, inputs))
+    count = count_macs(candidate, dynamic_sizes(candidate, inputs))
     differences = compare_counts(expected, count)
     figure = f"{count.total:,} MACs ({format_macs(count.total)}; FLOPs = 2 x MACs) in {len(count.nodes)} nodes"
     if count.uncounted:
@@ -128,7 +131,7 @@ def check_macs(baseline: Path | MacCount, candidate: Path, inputs: Sequence[Arra
     return Status("macs", "passed", f"{figure}, equal to the original's"), count
 
 
-def _dynamic_sizes(path: Path, inputs: Sequence[Array]) -> dict[str, int]:
+def dynamic_sizes(path: Path, inputs: Sequence[Array]) -> dict[str, int]:
     """The sizes that the file's dynamic dimensions, all but the batch, have in `inputs`."""
     shapes = onnx_input_shapes(path)
     return {
@@ -221,7 +224,7 @@ def prove(
     proof = Proof(str(candidate), [fold, check_graph(baseline, candidate)])
     status, count = check_macs(baseline, candidate, side.inputs)
     proof.statuses.append(status)
-    proof.macs = count.total
+    proof.macs, proof.count = count.total, count
     try:
         status, proof.outputs = check_outputs(candidate, side)
     except DoconvError as error:

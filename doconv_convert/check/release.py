@@ -30,6 +30,7 @@ from doconv_convert.artifacts.onnx_export import ExportReport
 from doconv_convert.artifacts.onnx_file import install_model
 from doconv_convert.artifacts.recipe import recipe_sites
 from doconv_convert.artifacts.sources import Source, build
+from doconv_convert.check.certificate import Origin, remove_certificate, write_certificate
 from doconv_convert.check.proof import Proof, Status, TorchSide, prove
 from doconv_convert.check.start import run_in_eval
 from doconv_convert.check.torch_side import resized_side, torch_side
@@ -65,12 +66,13 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Release:
-    """What `fold` made: the fold's report, the export's, the proof (None without ONNX) and remarks."""
+    """What `fold` made: the fold's report, the export's, the proof (None without ONNX), remarks, the certificate."""
 
     fold: FoldReport
     export: ExportReport | None
     proof: Proof | None
     notes: tuple[str, ...]
+    certificate: Path | None = None
 
 
 def load_trained(path: Path, source: Source | None, options: Options) -> Loaded:
@@ -96,11 +98,12 @@ def release(
     verify: bool = True,
     device: torch.device | None = None,
     min_coverage: float = 0.0,
+    certify: bool = False,
     waiting: Sequence[Child] = (),
     progress: Callable[[str], None] = lambda text: None,
 ) -> Release:
-    """Fold, export and prove; `plain` and `onnx` are written only when no check failed. `waiting` children take
-    the exports.
+    """Fold, export and prove; `plain` and `onnx` are written only when no check failed, with `certify` and a proof
+    the certificate of `onnx` too. `waiting` children take the exports.
 
     Raises DoconvError: a fold that is not finite, an export that fails, a place that cannot be written.
     """
@@ -142,12 +145,17 @@ def release(
         if sides:
             proof = prove(candidate, baseline, sides[0], status, sides[1], min_coverage)
         proof.file = str(onnx)
+        certificate = None
         if not proof.failed:
+            remove_certificate(onnx)
             install_model(candidate, onnx)
+            if certify and sides and proof.count is not None:
+                origin = Origin(Path(loaded.checkpoint.path), loaded.source, reports[0].opset, reports[0].exporter)
+                certificate = write_certificate(onnx, proof, sides[0], origin)
             if plain is not None:
                 with atomic_write(plain) as temporary:
                     shutil.copyfile(state, temporary)
-    return Release(folded, reports[0], proof, notes)
+    return Release(folded, reports[0], proof, notes, certificate)
 
 
 def torch_sides(

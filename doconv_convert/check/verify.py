@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from doconv_convert.check.macs import MacCount, count_macs
 from doconv_convert.check.outputs import Array, onnx_input_shapes, onnx_inputs
 from doconv_convert.check.proof import Proof, Status, compare_files, prove
+from doconv_convert.check.recheck import verify_certificate
 from doconv_convert.errors import DoconvError, UsageError
 
 if TYPE_CHECKING:
@@ -40,12 +41,19 @@ class Reference:
     min_coverage: float = 0.0
 
 
-def verify(candidate: str | Path, *, against: str | Path, **options: Any) -> Proof:
+def verify(
+    candidate: str | Path, *, against: str | Path | None = None, certificate: str | Path | None = None, **options: Any
+) -> Proof:
     """Check the ONNX file `candidate` against an ONNX file, a checkpoint (with `model` where it has no recipe)
-    or a source (with `weights`; without them graph and MACs only). `options` are `Reference`'s fields.
+    or a source (with `weights`; without them graph and MACs only); or against its certificate. `options` are
+    `Reference`'s fields, of a certificate `input_file` alone.
 
     Returns the proof: `.proven`, `.failed` and `.statuses`. Raises DoconvError for files that cannot be read.
     """
+    if (against is None) is (certificate is None):
+        raise UsageError("verify: expected `against` or `certificate`, one of them.")
+    if certificate is not None:
+        return verify_certificate(Path(candidate), Path(certificate), **options)
     return verify_file(Path(candidate), Reference(against=str(against), **options))
 
 
@@ -59,7 +67,9 @@ def verify_file(candidate: Path, reference: Reference, progress: Callable[[str],
     return _against_torch(candidate, reference, progress)
 
 
-def count_source(text: str, model_args: Mapping[str, Any], input_shapes: Sequence[str]) -> MacCount:
+def count_source(
+    text: str, model_args: Mapping[str, Any], input_shapes: Sequence[str], ignore: Sequence[str] = ()
+) -> MacCount:
     """MACs of one sample of a SOURCE's plain network, counted on its ONNX export."""
     from doconv_convert.artifacts.models import find_inputs, is_checkpoint, open_model
     from doconv_convert.rewrite.fold import fold_in_place
@@ -74,7 +84,7 @@ def count_source(text: str, model_args: Mapping[str, Any], input_shapes: Sequenc
         if not (inputs.image_list or _is_dynamic(baseline)):  # its count would be that of the traced batch
             one = Reference(against=text, dynamic_batch=False)
             baseline = _export_baseline(Path(folder), opened.source, plain, inputs, one, batch=inputs.fixed_batch or 1)
-        return count_macs(baseline)
+        return count_macs(baseline, ignore=ignore)
 
 
 def _against_torch(candidate: Path, reference: Reference, progress: Callable[[str], None]) -> Proof:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Annotated
 
 import typer
@@ -34,16 +35,14 @@ def _print_versions(wanted: bool) -> None:
     if not wanted:
         return
     import platform
-    from importlib.metadata import PackageNotFoundError, version
 
     from doconv_convert import __version__
+    from doconv_convert.versions import LIBRARIES, library_versions
 
     typer.echo(f"doconv-convert {__version__}, Python {platform.python_version()}, {platform.platform()}")
-    for package in ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "safetensors"):
-        try:
-            typer.echo(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            typer.echo(f"{package} not installed")
+    found = library_versions()
+    for package in LIBRARIES:
+        typer.echo(f"{package} {found.get(package, 'not installed')}")
     raise typer.Exit
 
 
@@ -58,4 +57,7 @@ def root(
 
 
 def main() -> None:
+    # Imports make objects by the hundred thousand that all stay: looking for garbage among them takes a tenth of
+    # a short command's time.
+    gc.set_threshold(100_000)
     app()

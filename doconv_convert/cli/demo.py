@@ -187,7 +187,7 @@ class _progress:
             TextColumn("loss {task.fields[loss]:.3f}"),
             TimeRemainingColumn(),
         )
-        visible = shown.console.is_terminal and not shown.quiet
+        visible = shown.terminal and not shown.quiet
         self.bar = Progress(*columns, console=shown.console, transient=True, disable=not visible)
         self.task = self.bar.add_task("training", total=total, loss=0.0)
 

@@ -36,6 +36,7 @@ def fold(
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the proof; never counts as proven.")] = False,
     device: o.Device = "cpu",
     min_coverage: o.MinCoverage = 0.0,
+    form: o.As = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
@@ -45,7 +46,8 @@ def fold(
 
     # The exporting processes import torch while this one does too, and folds.
     children = 0 if onnx is None else 1 if no_verify else 2
-    with output(as_json, quiet, debug, "loading") as shown, waiting_children(children) as waiting:
+    as_json, github = o.chosen_format(form, as_json, onnx or checkpoint)
+    with output(as_json, quiet, debug, "loading", github=github) as shown, waiting_children(children) as waiting:
         if out is None and onnx is None:
             raise UsageError("fold: name what to write: -o plain.safetensors, --onnx out.onnx, or both.")
         if out == onnx:
@@ -80,6 +82,7 @@ def fold(
             verify=not no_verify,
             device=where,
             min_coverage=min_coverage,
+            certify=True,
             waiting=waiting,
             progress=shown.step,
         )
@@ -95,6 +98,7 @@ def fold(
             "proof": None if proof is None else proof.to_json(),
             "proven": proof is not None and proof.proven and not no_verify,
             "written": written,
+            "certificate": None if made.certificate is None else str(made.certificate),
         }
         if proof is None:
             shown.say(f"folded {len(made.fold.folded)} kernels; wrote {out}")
@@ -106,4 +110,6 @@ def fold(
         if proof.failed:
             shown.say("nothing was written: a check failed")
             check_failed()
+        if made.certificate is not None:
+            written.append(str(made.certificate))
         shown.say("wrote " + ", ".join(written))

@@ -9,10 +9,15 @@ from typing import Annotated, Any
 
 import typer
 
-from doconv_convert.cli.console import Output
+from doconv_convert.cli.console import Format, Output
+from doconv_convert.cli.github import GithubReport
 from doconv_convert.errors import UsageError
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
+As = Annotated[
+    Format | None,
+    typer.Option("--format", help="json is --json; github adds annotations and a Markdown step summary."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 Include = Annotated[list[str] | None, typer.Option("--include", metavar="GLOB", help="Only these layers; repeats.")]
@@ -50,6 +55,24 @@ MinCoverage = Annotated[
 Device = Annotated[
     str, typer.Option("--device", metavar="cpu|cuda", help="Where the checks run in torch; exports run on the CPU.")
 ]
+
+
+def chosen_format(form: Format | None, as_json: bool, file: object) -> tuple[bool, GithubReport | None]:
+    """Whether to print JSON, and GitHub's report on `file`; --json stands for --format json."""
+    if as_json and form not in (None, Format.json):
+        raise typer.BadParameter(f"--json and --format {form.value} contradict each other.")
+    return as_json or form is Format.json, GithubReport(str(file)) if form is Format.github else None
+
+
+def parse_dims(texts: Sequence[str] | None) -> dict[str, int]:
+    """{dimension: size} from texts like "batch=1". Raises UsageError."""
+    sizes = {}
+    for text in texts or ():
+        name, _, size = text.rpartition("=")
+        if not name or not (size.isascii() and size.isdigit()):
+            raise UsageError(f"--dim: got '{text}', expected NAME=SIZE such as 'batch=1'.")
+        sizes[name] = int(size)
+    return sizes
 
 
 def announce_code(shown: Output, *texts: str | None) -> None:

@@ -1,19 +1,29 @@
-"""`doconv-convert verify`: check an ONNX file against a checkpoint, a source or another ONNX file."""
+"""`doconv-convert verify`: an ONNX file against a checkpoint, a source, another ONNX file or its certificate."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from doconv_convert.cli import options as o
-from doconv_convert.cli.console import check_failed, output
+from doconv_convert.cli.console import Output, check_failed, output
+from doconv_convert.errors import UsageError
+
+if TYPE_CHECKING:
+    from doconv_convert.check.proof import Proof
 
 
 def verify(
     candidate: Annotated[Path, typer.Argument(help="The ONNX file to check.")],
-    against: Annotated[str, typer.Option("--against", metavar="ONNX|CHECKPOINT|SOURCE", help="What it should equal.")],
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="ONNX|CHECKPOINT|SOURCE", help="What it should equal.")
+    ] = None,
+    certificate: Annotated[
+        Path | None,
+        typer.Option("--certificate", metavar="FILE", help="What `fold --onnx` wrote beside it; needs no torch."),
+    ] = None,
     model: Annotated[
         str | None, typer.Option("--model", metavar="SOURCE", help="The network a checkpoint belongs to.")
     ] = None,
@@ -32,16 +42,29 @@ def verify(
     static: o.Static = False,
     device: o.Device = "cpu",
     min_coverage: o.MinCoverage = 0.0,
+    form: o.As = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
-    """Graph, MACs, outputs and coverage. Exits with 3 where a check fails."""
-    with output(as_json, quiet, debug, "verifying") as shown:
+    """Graph, MACs, outputs and coverage; or hashes, MACs and outputs of a certificate. Exits with 3 where one fails."""
+    if (against is None) is (certificate is None):
+        raise typer.BadParameter("say what to check against: --against or --certificate, one of them.")
+    as_json, github = o.chosen_format(form, as_json, candidate)
+    with output(as_json, quiet, debug, "verifying", github=github) as shown:
+        if certificate is not None:
+            if model is not None or weights is not None:
+                raise UsageError(
+                    "verify: --model and --weights go with --against; a certificate names its own network."
+                )
+            from doconv_convert.check.recheck import verify_certificate
+
+            _show(shown, verify_certificate(candidate, certificate, input_file))
+            return
         from doconv_convert.check.verify import Reference, verify_file
 
         reference = Reference(
-            against=against,
+            against=str(against),
             model=model,
             weights=weights,
             model_args=o.parse_model_args(model_args),
@@ -58,8 +81,11 @@ def verify(
             min_coverage=min_coverage,
         )
         o.announce_code(shown, against, model)
-        proof = verify_file(candidate, reference, shown.step)
-        shown.document = proof.to_json()
-        shown.proof(proof)
-        if proof.failed:
-            check_failed()
+        _show(shown, verify_file(candidate, reference, shown.step))
+
+
+def _show(shown: Output, proof: Proof) -> None:
+    shown.document = proof.to_json()
+    shown.proof(proof)
+    if proof.failed:
+        check_failed()

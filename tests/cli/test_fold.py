@@ -57,7 +57,8 @@ def test_a_trained_model_becomes_a_proven_file(
     coverage = said["proof"]["statuses"][-1]
     assert len(coverage["findings"]) == sum(reach is None or reach <= 1 for reach in said["proof"]["reach"].values())
     assert set(said["folded"]) <= set(said["proof"]["reach"])
-    assert names(out) == ["m.onnx", "plain.safetensors"]
+    assert names(out) == ["m.certificate.json", "m.onnx", "m.reference.npz", "plain.safetensors"]
+    assert run_cli("verify", out / "m.onnx", "--certificate", out / "m.certificate.json").exit_code == 0
 
     model = onnx.load(out / "m.onnx")
     assert model.opset_import[0].version == said["export"]["opset"]
