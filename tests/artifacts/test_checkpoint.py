@@ -16,7 +16,8 @@ from support_cli import TINY, names, read_file, rewrite_file, tiny, trained_samp
 from torch import Tensor, nn
 
 from doconv_convert import fold, load, save, to_doconv
-from doconv_convert.artifacts.checkpoint import load_into, read_checkpoint, require_finite
+from doconv_convert.artifacts.checkpoint import load_into
+from doconv_convert.artifacts.reading import read_checkpoint, require_finite
 from doconv_convert.artifacts.sources import build, parse_source
 from doconv_convert.errors import DoconvError
 from doconv_convert.nn.overlay import is_overlaid
