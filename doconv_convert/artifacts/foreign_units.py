@@ -59,8 +59,8 @@ def find_units(state: Mapping[str, Tensor], path: str, own: Collection[str] = ()
     """
     groups: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
-        if key not in own:
-            prefix, last = _split(key)
+        prefix, last = _split(key)
+        if not any(_join(prefix, part) in own for part in ("W", "D", *IDENTITIES)):
             groups.setdefault(prefix, {})[last] = tensor
     _refuse_other_kinds(groups, path)
     units = [unit for prefix, found in groups.items() if (unit := _unit(prefix, found, state, path)) is not None]
@@ -115,7 +115,7 @@ def _unit(prefix: str, found: Mapping[str, Tensor], state: Mapping[str, Tensor],
             there = " and ".join(f"'{one}'" for one in ["D", *diagonals] if one in found)
             raise _broken(path, name, f"has {there} but no 'W'; the file lost it")
         return None
-    if w.dim() < 3 and d is None and not diagonals:
+    if w.dim() < 3 and (d is None or d.dim() < 3) and not diagonals:
         return None  # some other layer's W
     if "bias0" in found:
         raise DoconvError(

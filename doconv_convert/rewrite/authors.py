@@ -60,8 +60,8 @@ def install_authors(
     plain = module._parameters.get(kernel)
     if plain is None or parametrize.is_parametrized(module):
         raise DoconvError(
-            f"a {type(module).__name__} of the model is parametrised already, so a foreign '{kernel}' has no place in it; "
-            "take that off first."
+            f"a {type(module).__name__} of the model is parametrised already, so a foreign '{kernel}' has no place in "
+            "it; take that off first."
         )
     order, size, wanted = list(module._parameters), plain.shape[2:], plain.requires_grad
     module._parameters[kernel] = nn.Parameter(w.detach().clone(), requires_grad=wanted)
