@@ -74,6 +74,9 @@ def write_tensors(stored: dict[str, Tensor], recipe: Recipe, path: Path) -> None
             save_file(stored, temporary, metadata={METADATA_KEY: recipe.dump()})
         except SafetensorError as error:  # its words for what the operating system said
             raise DoconvError(f"cannot write '{path}': {error}; free the place or choose another folder") from error
+        except KeyError as error:
+            names = ", ".join(f"'{name}'" for name, tensor in stored.items() if tensor.dtype == error.args[0])
+            raise DoconvError(f"{names}: tensors of {error.args[0]} cannot be stored as safetensors.") from error
         temporary.chmod(mode)  # safetensors makes private files (0600)
 
 
@@ -224,13 +227,18 @@ def _require_fit(model: nn.Module, state: Mapping[str, Tensor], path: str, *, pl
         for k in own
         if k in state and state[k].shape != own[k].shape
     ]
+    misshapen += [
+        f"'{k}' got {state[k].dtype}, expected {own[k].dtype}"
+        for k in own
+        if k in state and _kind(state[k]) != _kind(own[k])
+    ]
     if missing or unexpected or misshapen:
         parts = [
             f"{len(found)} {what}: {', '.join(found[:_SHOWN])}{', ...' if len(found) > _SHOWN else ''}"
             for what, found in (
                 ("missing", [f"'{k}'" for k in missing]),
                 ("unexpected", [f"'{k}'" for k in unexpected]),
-                ("of another shape", misshapen),
+                ("of another shape or kind", misshapen),
             )
             if found
         ]
@@ -238,6 +246,10 @@ def _require_fit(model: nn.Module, state: Mapping[str, Tensor], path: str, *, pl
             f"'{path}' does not fit {type(model).__name__}: {'; '.join(parts)}. Name the architecture it was "
             "trained with (--model, --model-args)."
         )
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex()
 
 
 def _separate(stored: dict[str, Tensor]) -> None:

@@ -69,8 +69,7 @@ def find_units(state: Mapping[str, Tensor], path: str, own: Collection[str] = ()
         if units and alone:
             raise _broken(path, prefix or "(root)", "has a 'D' but no 'W'; the file lost it")
     for unit in units:
-        target = unit.key("weight")
-        if target in state and target not in own:
+        if unit.key("weight") in state:
             raise DoconvError(
                 f"'{path}': '{unit.name}' has both a 'W' and a 'weight'; which is the kernel? Remove one."
             )

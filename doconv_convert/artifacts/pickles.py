@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import operator
 import pickle
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -71,6 +72,7 @@ class _Inventory(pickle._Unpickler):
         self.claims: dict[str, int] = {}
 
     def find_class(self, module: str, name: str) -> Any:
+        module = "builtins" if module == "__builtin__" else module  # as protocol 2 writes it
         self.names[f"{module}.{name}"] = None
         return type(str(name), (Inert,), {})
 
@@ -102,7 +104,8 @@ def load_tensors(content: Path | bytes, what: str) -> Any:
     except Exception as error:  # a damaged file raises many kinds
         raise _damaged(what, error) from error
     try:
-        with _opened(content) as file:
+        with _opened(content) as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about other pickle protocols: what matters raises
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise _refused(what, names, error) from error

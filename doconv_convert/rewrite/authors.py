@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from doconv_convert.errors import CheckFailedError, DoconvError
 from doconv_convert.nn.authors import AuthorsKernel, Scaled, authors_features, authors_kernel
-from doconv_convert.rewrite.folding import FOLD_TOLERANCE
+from doconv_convert.rewrite.folding import FOLD_TOLERANCE, probe_scale, relative_distance
 from doconv_convert.rewrite.sites import site_name
 
 
@@ -83,15 +83,14 @@ def folded_authors_kernel(
     """
     w, d, identity, mul = (None if t is None else t.detach().to("cpu", torch.float64) for t in (w, d, identity, mul))  # type: ignore[assignment]
     kernel = w.flatten(2) if d is None or identity is None else authors_kernel(w, d, identity)
-    if d is not None and identity is not None:
+    if d is not None and identity is not None and torch.isfinite(kernel).all():
         x = torch.randn(2, *kernel.shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        direct = x.flatten(1) @ kernel.flatten(1).T
-        error = float((direct - authors_features(x, w, d, identity)).norm())
-        scale = float(direct.norm()) or 1.0
-        if torch.isfinite(kernel).all() and not error <= FOLD_TOLERANCE * scale:
+        x *= probe_scale(kernel, w, d)
+        error = relative_distance(authors_features(x, w, d, identity), x.flatten(1) @ kernel.flatten(1).T)
+        if not error <= FOLD_TOLERANCE:
             raise CheckFailedError(
-                f"'{name}': kernel and feature composition differ by {error / scale:.1e} of the output's scale in "
-                f"float64, expected at most {FOLD_TOLERANCE:.0e}; nothing was folded. Please report its shapes."
+                f"'{name}': kernel and feature composition differ by {error:.1e} of the output's scale in float64, "
+                f"expected at most {FOLD_TOLERANCE:.0e}; nothing was folded. Please report its shapes."
             )
     kernel = kernel if mul is None else kernel * mul
     if not torch.isfinite(kernel).all():

@@ -21,7 +21,7 @@ from doconv_convert.nn.stored import StoredKernel
 from doconv_convert.rewrite.authors import AuthorsSite, authors_sites, fold_authors, folded_site
 from doconv_convert.rewrite.convert import convert, copy_model, require_sites
 from doconv_convert.rewrite.discover import discover
-from doconv_convert.rewrite.folding import FOLD_TOLERANCE
+from doconv_convert.rewrite.folding import FOLD_TOLERANCE, relative_distance
 from doconv_convert.rewrite.plan import Plan, as_plan
 from doconv_convert.rewrite.sites import Action, Options, Site, decide
 
@@ -121,10 +121,10 @@ def _our_factors(site: AuthorsSite) -> OurFactors | None:
 
 
 def _require_same_kernel(name: str, got: Tensor, expected: Tensor) -> None:
-    error, scale = float((got - expected).norm()), float(expected.norm()) or 1.0
-    if not error <= FOLD_TOLERANCE * scale:
+    error = relative_distance(got, expected)
+    if not error <= FOLD_TOLERANCE:
         raise CheckFailedError(
-            f"'{name}': its W and D in our form give another kernel in float64, by {error / scale:.1e}, expected at "
+            f"'{name}': its W and D in our form give another kernel in float64, by {error:.1e}, expected at "
             f"most {FOLD_TOLERANCE:.0e}; nothing was written. Please report its shapes."
         )
 

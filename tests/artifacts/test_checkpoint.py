@@ -329,7 +329,7 @@ def test_a_wider_network_is_told_by_its_shapes(tmp_path: Path) -> None:
     path, _ = saved_tiny(tmp_path)
     wider = tiny(tmp_path)
     wider.head = nn.Linear(8, 5)
-    with pytest.raises(DoconvError, match=r"of another shape: 'head.weight' got \(3, 8\), expected \(5, 8\)"):
+    with pytest.raises(DoconvError, match=r"of another shape or kind: 'head.weight' got \(3, 8\), expected \(5, 8\)"):
         load(path, model=wider)
 
 

@@ -241,7 +241,7 @@ def test_the_last_kernel_size_wins(tmp_path: Path) -> None:
     [
         (nn.Sequential(nn.Conv2d(3, 4, 5)), "'0' has 9 kernel positions, the model's 'weight' there"),
         (nn.Sequential(nn.Conv2d(6, 4, 3, groups=2)), "'0' has 1 groups by its shapes, the model's 2"),
-        (nn.Sequential(nn.Conv2d(3, 5, 3)), "of another shape: '0.weight' got"),
+        (nn.Sequential(nn.Conv2d(3, 5, 3)), "of another shape or kind: '0.weight' got"),
         (nn.Sequential(nn.ReLU(), nn.Conv2d(3, 4, 3)), "missing: '1.weight'.*unexpected: '0.W', '0.D'"),
     ],
 )
