@@ -224,7 +224,7 @@ def read_plainly(path: Path) -> dict[str, Tensor]:
         return {k: t for name in ("one", "two") for k, t in load_file(path / f"{name}.safetensors").items()}
     if path.suffix == ".safetensors":
         return load_file(path)
-    content = torch.load(path, weights_only=True)
+    content = torch.load(path, map_location="cpu", weights_only=True)
     content = content.get("state_dict", content)
     return {key.removeprefix("module."): tensor for key, tensor in content.items()}
 
