@@ -3,9 +3,9 @@
     python benchmarks/kills.py [--kills 220] [--json docs/data/kills.json]
 
 `to-doconv`, `fold -o` and `fold --onnx` (one file, and external data) run in forks of one process that has
-everything imported; only the two exports are replaced, by copies of files that were exported before. Half of the
-kills come when the fork is about to rename a finished temporary file or has just made one (it tells by a pipe, from
-a wrapped `os.replace` or `os.open`), the others at a random time.
+everything imported; only the two exports are replaced, by copies of files that were exported before. Most of the
+kills come when the fork is about to flush or rename a finished temporary file, or has just renamed it (it tells by a
+pipe, from a wrapped `os.replace` or `os.fsync`), the others at a random time.
 """
 
 from __future__ import annotations
@@ -148,29 +148,29 @@ def fork(body: Callable[[], None]) -> int:
     return child
 
 
-def tell(pipe: int, stage: str) -> None:
-    """In the fork: say by the pipe that the stage is reached, and wait there to be killed."""
-    real_replace, real_open = os.replace, os.open
+def tell(pipe: int, stage: str, out: Path) -> None:
+    """In the fork: say by the pipe that the stage is reached in the folder `out` itself, and wait to be killed."""
+    real_replace, real_fsync = os.replace, os.fsync
 
     def told() -> None:
         os.write(pipe, b"!")
         time.sleep(60)
 
     def replace(source: Any, target: Any) -> None:
-        is_data = str(target).endswith(".data")
-        if (stage == "before the data's rename" and is_data) or (stage == "before the rename" and not is_data):
+        data, here = str(target).endswith(".data"), Path(target).parent == out
+        if here and stage == ("before the data's rename" if data else "before the rename"):
             told()
         real_replace(source, target)
-        if stage == "after the rename" and not is_data:
+        if here and stage == ("after the data's rename" if data else "after the rename"):
             told()
 
-    def opened(path: Any, *arguments: Any, **options: Any) -> int:
-        descriptor = real_open(path, *arguments, **options)
-        if stage == "temporary file made" and str(path).endswith(".tmp") and "/out" in str(path):
+    def fsync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if stage == "before the flush" and path.parent == out and path.is_file():
             told()
-        return descriptor
+        real_fsync(descriptor)
 
-    files.os.replace, files.os.open = replace, opened  # type: ignore[assignment]
+    files.os.replace, files.os.fsync = replace, fsync  # type: ignore[assignment]
 
 
 def one_kill(desk: Desk, name: str, stage: str, longest: float, states: dict[str, dict[str, bytes]]) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def one_kill(desk: Desk, name: str, stage: str, longest: float, states: dict[str
 
     def body() -> None:
         if stage != "at a random time":
-            tell(writing, stage)
+            tell(writing, stage, out)
         with desk.no_exports(name, "new"):
             run(desk.command(name, "new", out))
 
@@ -254,8 +254,9 @@ def main() -> None:
         kills = []
         for index in range(options.kills):
             name = COMMANDS[index % len(COMMANDS)]
-            stages = ["before the rename", "at a random time", "temporary file made", "at a random time"]
-            stages += ["before the data's rename" if name.endswith("data") else "before the rename", "after the rename"]
+            data = "data's " if name.endswith("data") else ""
+            stages = ["before the rename", "at a random time", "before the flush", "at a random time"]
+            stages += [f"before the {data}rename", f"after the {data}rename", "after the rename"]
             stage = stages[index // len(COMMANDS) % len(stages)]
             kills.append(one_kill(desk, name, stage, longest[name], states[name]))
         limits = [limited(desk, name, states[name]) for name in COMMANDS]

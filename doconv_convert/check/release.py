@@ -32,6 +32,7 @@ from doconv_convert.artifacts.sources import Source, build
 from doconv_convert.check.proof import Proof, Status, TorchSide, prove
 from doconv_convert.check.start import run_in_eval
 from doconv_convert.check.torch_side import resized_side, torch_side
+from doconv_convert.errors import DoconvError, UsageError
 from doconv_convert.rewrite.convert import copy_model
 from doconv_convert.rewrite.fold import FoldReport, fold_in_place
 from doconv_convert.rewrite.folding import FOLD_TOLERANCE
@@ -230,6 +231,9 @@ def _workspace(target: Path) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield folder
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DoconvError(f"cannot write '{target}': {reason}; free the place or choose another folder") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -267,6 +271,4 @@ def _notes(loaded: Loaded, folded: FoldReport) -> tuple[str, ...]:
 
 
 def _no_source(path: Path) -> Source:
-    from doconv_convert.errors import UsageError
-
     raise UsageError(f"'{path}' has no recipe that says what model it holds; name it with --model SOURCE.")
