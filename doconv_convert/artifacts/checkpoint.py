@@ -1,22 +1,20 @@
-"""Checkpoints: our own (safetensors with a recipe) written and read, plain state dicts read."""
+"""Checkpoints into models and back: our own files (safetensors with a recipe), plain and foreign state dicts."""
 
 from __future__ import annotations
 
-import os
-import pickle
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from doconv_convert.artifacts.distributed import is_distributed, read_distributed
 from doconv_convert.artifacts.files import atomic_write
+from doconv_convert.artifacts.foreign_units import Unit, find_units, names_when_folded, units_told
+from doconv_convert.artifacts.reading import Checkpoint, read_checkpoint
 from doconv_convert.artifacts.recipe import (
     METADATA_KEY,
     Recipe,
@@ -25,30 +23,19 @@ from doconv_convert.artifacts.recipe import (
     recipe_sites,
     sites_from_keys,
 )
+from doconv_convert.artifacts.selection import AVERAGED
 from doconv_convert.artifacts.sources import Source, build, parse_source
 from doconv_convert.errors import DoconvError
 from doconv_convert.nn.composition import memory_format
 from doconv_convert.nn.stored import refuse_shards
+from doconv_convert.rewrite.authors import folded_authors_kernel, install_authors
 from doconv_convert.rewrite.sites import Options
 
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 # Absent from files older than torch 0.4.1; torch itself fills it in, in strict loads too.
 _FORGIVEN = "num_batches_tracked"
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-# What torch.optim.swa_utils.AveragedModel counts beside the averaged weights.
-_AVERAGED = "n_averaged"
 _SHOWN = 5
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A file's tensors (aliases expanded), its recipe if it is one of ours, and what was unwrapped."""
-
-    path: str
-    state: dict[str, Tensor]
-    recipe: Recipe | None
-    notes: tuple[str, ...] = ()
 
 
 def save(model: nn.Module, path: str | Path, *, source: Source | str | None = None) -> None:
@@ -77,9 +64,20 @@ def save(model: nn.Module, path: str | Path, *, source: Source | str | None = No
         stored[name] = tensor.detach().cpu().contiguous()
     _separate(stored)
     recipe = Recipe(recipe_sites(model), source, aliases, tuple(channels_last))
-    with atomic_write(Path(path)) as temporary:
+    write_tensors(stored, recipe, Path(path))
+
+
+def write_tensors(stored: dict[str, Tensor], recipe: Recipe, path: Path) -> None:
+    """Write contiguous tensors on the CPU that share no memory, and their recipe, atomically. Raises DoconvError."""
+    with atomic_write(path) as temporary:
         mode = temporary.stat().st_mode
-        save_file(stored, temporary, metadata={METADATA_KEY: recipe.dump()})
+        try:
+            save_file(stored, temporary, metadata={METADATA_KEY: recipe.dump()})
+        except SafetensorError as error:  # its words for what the operating system said
+            raise DoconvError(f"cannot write '{path}': {error}; free the place or choose another folder") from error
+        except KeyError as error:
+            names = ", ".join(f"'{name}'" for name, tensor in stored.items() if tensor.dtype == error.args[0])
+            raise DoconvError(f"{names}: tensors of {error.args[0]} cannot be stored as safetensors.") from error
         temporary.chmod(mode)  # safetensors makes private files (0600)
 
 
@@ -102,12 +100,14 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, options: Options | None 
     dtypes. Without a recipe the keys tell (`sites_from_keys`, where `options` names what was left out).
 
     Raises DoconvError for another architecture's file or a damaged one, before the first change."""
-    checkpoint = without_prefixes(checkpoint, model)
-    state, path, recipe = checkpoint.state, checkpoint.path, checkpoint.recipe
+    checkpoint = fitted(checkpoint, model)
+    path, recipe = checkpoint.path, checkpoint.recipe
+    state = checkpoint.state | plain_tensors(checkpoint.units, model, path)
     _require_fit(model, state, path, plain=True)
     sites = recipe.sites if recipe else sites_from_keys(model, state, options or Options(), path)
     apply_recipe(model, sites, state, path)
     load_strictly(model, state, path)
+    _install(checkpoint.units, model, path)
     for name in recipe.channels_last if recipe else ():
         tensor = model.state_dict(keep_vars=True).get(name)
         if tensor is None or tensor.dim() not in _CHANNELS_LAST:
@@ -116,22 +116,94 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, options: Options | None 
     return model
 
 
-def without_prefixes(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
+def fitted(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
+    """The checkpoint without wrappers' prefixes, and with foreign DO-Conv layers that `model` has plain
+    convolutions for as `units`. Raises DoconvError for damaged units."""
+    if checkpoint.recipe is not None or checkpoint.units:
+        return checkpoint
+    own = model.state_dict().keys()
+    checkpoint = without_prefixes(checkpoint, own)
+    units = find_units(checkpoint.state, checkpoint.path, own)
+    units = tuple(unit for unit in units if unit.key("weight") in own)  # others are unexpected keys
+    return with_units(checkpoint, units)
+
+
+def without_prefixes(checkpoint: Checkpoint, own: Set[str] | None = None) -> Checkpoint:
     """The checkpoint without the prefixes that wrappers (DDP, torch.compile, Lightning) put before every key.
 
-    Only where no key fits `model` as it is: a network may have a child named `model` of its own.
+    Only where no key fits the model's `own` (known or not): a network may have a child named `model` of its own.
     """
-    own, state, notes = model.state_dict().keys(), checkpoint.state, list(checkpoint.notes)
-    if _AVERAGED in state and _AVERAGED not in own:
-        state = {key: value for key, value in state.items() if key != _AVERAGED}
-        notes.append(f"took the averaged weights (there is an '{_AVERAGED}')")
-    while not own & state.keys():
+    state, notes = checkpoint.state, list(checkpoint.notes)
+    if AVERAGED in state and AVERAGED not in (own or ()):
+        state = {key: value for key, value in state.items() if key != AVERAGED}
+        notes.append(f"took the averaged weights (there is an '{AVERAGED}')")
+    kept = replace(checkpoint, state=state, notes=tuple(notes))
+    while own is None or not own & names_when_folded(state):
         prefix = next((one for one in _PREFIXES if all(key.startswith(one) for key in state)), None)
-        if prefix is None:
-            return checkpoint
+        if prefix is None or not state:
+            return kept if own is not None else replace(checkpoint, state=state, notes=tuple(notes))
         state = {key.removeprefix(prefix): value for key, value in state.items()}
         notes.append(f"stripped '{prefix}' from every key")
     return replace(checkpoint, state=state, notes=tuple(notes))
+
+
+def plain_tensors(units: Sequence[Unit], model: nn.Module, path: str) -> dict[str, Tensor]:
+    """Every unit's folded kernel in the shape that `model` has for it, cast once, and its bias.
+
+    Raises DoconvError for a kernel or a group count that the model's convolution does not have.
+    """
+    made: dict[str, Tensor] = {}
+    for unit in units:
+        owner = model.get_submodule(unit.name)
+        plain, groups = owner._parameters.get("weight"), getattr(owner, "groups", None)
+        if plain is None or plain.dim() < 3 or plain.shape[2:].numel() != unit.positions:
+            shape = None if plain is None else tuple(plain.shape)
+            raise DoconvError(
+                f"'{path}': the DO-Conv layer '{unit.name}' has {unit.positions} kernel positions, the model's "
+                f"'weight' there {shape}; name the architecture it was trained with (--model, --model-args)."
+            )
+        if unit.groups is not None and groups is not None and unit.groups != groups:
+            raise DoconvError(
+                f"'{path}': the DO-Conv layer '{unit.name}' has {unit.groups} groups by its shapes, the model's "
+                f"{groups}; name the architecture it was trained with (--model, --model-args)."
+            )
+        made |= folded_tensors(unit, plain.shape[2:])
+    return made
+
+
+def folded_tensors(unit: Unit, size: Sequence[int]) -> dict[str, Tensor]:
+    """A unit's `weight` and `bias` as an ordinary layer has them, composed in float64 and cast once to W's dtype."""
+    kernel = folded_authors_kernel(unit.name, unit.w, unit.d, unit.identity, unit.mul)
+    made = {unit.key("weight"): kernel.reshape(*kernel.shape[:2], *size).to(unit.w.dtype).contiguous()}
+    if unit.bias is not None:
+        exact = unit.bias.double() if unit.mul is None else unit.bias.double() * unit.mul.double()
+        made[unit.key("bias")] = exact.to(unit.bias.dtype)
+    return made
+
+
+def with_units(checkpoint: Checkpoint, units: Sequence[Unit]) -> Checkpoint:
+    """The checkpoint with the units' tensors taken out of its state."""
+    used = {key for unit in units for key in unit.keys}
+    state = {key: tensor for key, tensor in checkpoint.state.items() if key not in used}
+    return replace(checkpoint, state=state, units=tuple(units), notes=(*checkpoint.notes, *units_told(units)))
+
+
+def _install(units: Sequence[Unit], model: nn.Module, path: str) -> None:
+    """Let the model compute its kernels by the authors' formula from the stored tensors: the unfolded truth."""
+    first: dict[int, Unit] = {}
+    for unit in units:
+        owner = model.get_submodule(unit.name)
+        known = first.setdefault(id(owner), unit)
+        if known is not unit:
+            if not _same(known, unit):
+                raise DoconvError(f"'{path}': '{known.name}' and '{unit.name}' are one layer in the model, but differ.")
+        elif unit.d is not None or unit.mul is not None:
+            install_authors(owner, "weight", unit.w, unit.d, unit.identity, unit.bias, unit.mul)
+
+
+def _same(a: Unit, b: Unit) -> bool:
+    pairs = ((a.w, b.w), (a.d, b.d), (a.identity, b.identity), (a.bias, b.bias), (a.mul, b.mul))
+    return all(x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in pairs)
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], path: str) -> None:
@@ -161,13 +233,18 @@ def _require_fit(model: nn.Module, state: Mapping[str, Tensor], path: str, *, pl
         for k in own
         if k in state and state[k].shape != own[k].shape
     ]
+    misshapen += [
+        f"'{k}' got {state[k].dtype}, expected {own[k].dtype}"
+        for k in own
+        if k in state and _kind(state[k]) != _kind(own[k])
+    ]
     if missing or unexpected or misshapen:
         parts = [
             f"{len(found)} {what}: {', '.join(found[:_SHOWN])}{', ...' if len(found) > _SHOWN else ''}"
             for what, found in (
                 ("missing", [f"'{k}'" for k in missing]),
                 ("unexpected", [f"'{k}'" for k in unexpected]),
-                ("of another shape", misshapen),
+                ("of another shape or kind", misshapen),
             )
             if found
         ]
@@ -177,109 +254,8 @@ def _require_fit(model: nn.Module, state: Mapping[str, Tensor], path: str, *, pl
         )
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read .safetensors, a pickled state dict (.pt, .pth, ...) with `weights_only=True`, or a folder of
-    torch.distributed.checkpoint.
-
-    Raises DoconvError: not there, damaged, a pickle with more than tensors in it, or no tensors.
-    """
-    name = os.fspath(path)
-    if is_distributed(Path(path)):
-        state, notes = read_distributed(Path(path), _WRAPPERS)
-        checkpoint = Checkpoint(name, state, None, notes)
-    elif not Path(path).is_file():
-        raise DoconvError(f"'{name}' is no file; expected a checkpoint (.safetensors, .pt, .pth).")
-    elif _is_pickle(name):
-        state, notes = _read_pickle(name)
-        checkpoint = Checkpoint(name, state, None, notes)
-    else:
-        checkpoint = _read_safetensors(name)
-    if not checkpoint.state:
-        raise DoconvError(f"'{name}' holds no tensors.")
-    return checkpoint
-
-
-def require_finite(checkpoint: Checkpoint) -> None:
-    """Raises DoconvError naming the tensors that hold NaN or infinite values."""
-    bad = [
-        f"'{name}' ({int((~torch.isfinite(t)).sum())} of {t.numel()})"
-        for name, t in checkpoint.state.items()
-        if t.is_floating_point() and not torch.isfinite(t).all()
-    ]
-    if bad:
-        more = ", ..." if len(bad) > _SHOWN else ""
-        raise DoconvError(
-            f"'{checkpoint.path}' has NaN or infinite values in {', '.join(bad[:_SHOWN])}{more}; expected none. "
-            "The training diverged or the file is damaged: go back to an earlier checkpoint."
-        )
-
-
-def _is_pickle(path: str) -> bool:
-    """Whether torch.load is to read it; also where the end of a zip file is lost."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(9)
-    except OSError as error:
-        raise DoconvError(f"'{path}' cannot be read ({error.strerror}); expected a checkpoint file.") from error
-    # safetensors starts with its header's length, which may end in 0x80 like a pickle, and the header's brace
-    return head[:2] == b"PK" or (head[:1] == b"\x80" and head[4:] != b"\0\0\0\0{")
-
-
-def _read_safetensors(path: str) -> Checkpoint:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except Exception as error:  # safetensors and torch raise many kinds for a damaged header
-        raise DoconvError(
-            f"'{path}' cannot be read as safetensors ({error}); it is damaged, incomplete or another kind of file: "
-            "copy or save it again."
-        ) from error
-    recipe = Recipe.parse(metadata[METADATA_KEY], path) if METADATA_KEY in metadata else None
-    for alias, stored in recipe.aliases.items() if recipe else ():
-        if stored not in state or alias in state:
-            raise DoconvError(
-                f"'{path}': by its recipe '{alias}' is stored as '{stored}' alone; the file has not that one only, it "
-                "is damaged."
-            )
-    for alias, stored in recipe.aliases.items() if recipe else ():
-        state[alias] = state[stored]
-    return Checkpoint(path, state, recipe)
-
-
-def _read_pickle(path: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = ", ".join(sorted(_foreign_globals(path))[:_SHOWN]) or str(error).splitlines()[0]
-        raise DoconvError(
-            f"'{path}' holds more than tensors, and unpickling that can run code; it was not opened. Found: {found}. "
-            "Where you trust it, load it yourself and save only model.state_dict()."
-        ) from error
-    except Exception as error:  # torch.load raises many kinds for a damaged file
-        raise DoconvError(f"'{path}' cannot be read ({type(error).__name__}: {error}); it is damaged.") from error
-    notes = []
-    # a state dict's values are tensors, so a dict under one of these names is what was wrapped
-    while isinstance(content, Mapping) and (
-        wrapper := next((key for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
-    ):
-        notes.append(f"took '{wrapper}' of {', '.join(map(str, content))}")
-        content = content[wrapper]
-    if not isinstance(content, Mapping):
-        raise DoconvError(f"'{path}' holds a {type(content).__name__}, expected a state dict; save model.state_dict().")
-    state = {str(key): value for key, value in content.items()}
-    other = [key for key, value in state.items() if not isinstance(value, Tensor)]
-    if other:
-        kind = type(state[other[0]]).__name__
-        raise DoconvError(f"'{path}': '{other[0]}' is a {kind}, expected tensors only; save model.state_dict().")
-    return state, tuple(notes)
-
-
-def _foreign_globals(path: str) -> list[str]:
-    try:
-        return [str(name) for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)]
-    except Exception:  # only names for a message; formats older than torch 1.6 have none to give
-        return []
+def _kind(tensor: Tensor) -> tuple[bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex()
 
 
 def _separate(stored: dict[str, Tensor]) -> None:

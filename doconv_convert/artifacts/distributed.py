@@ -7,8 +7,8 @@ become inert records; any other name is refused before it is looked up. The tens
 
 from __future__ import annotations
 
-import io
 import math
+import os
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from doconv_convert.artifacts.pickles import load_tensors
+from doconv_convert.artifacts.selection import Unwrapper, listed
 from doconv_convert.errors import DoconvError
 
 METADATA_FILE = ".metadata"
-_SHOWN = 5
 
 
 class _Record:
@@ -83,7 +84,8 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+# Python's own unpickler: the C one allocates a table as long as the largest index in the file.
+class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
             raise DoconvError(f"found {module}.{name}")
@@ -94,30 +96,30 @@ def is_distributed(path: Path) -> bool:
     return (path / METADATA_FILE).is_file()
 
 
-def read_distributed(folder: Path, wrappers: Sequence[str]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The model's tensors, whole, and remarks on what was left out.
-
-    `wrappers`: the names under which training scripts keep the model beside other things; where one of them is in
-    the folder, only what is under it is read.
+def read_distributed(folder: Path, unwrapper: Unwrapper) -> dict[str, Tensor]:
+    """The model's tensors, whole. Where one of the names under which training scripts keep the model is in the
+    folder, only what is under it is read; `unwrapper` notes what was taken and what was left out.
 
     Raises DoconvError: a metadata file with anything but metadata in it, damaged or missing shards.
     """
     metadata = _read_metadata(folder / METADATA_FILE)
     try:
         places = {(index.fqn, tuple(index.offset or ())): place for index, place in metadata.storage_data.items()}
-        entries, notes = _choose(_tree(metadata), wrappers, folder)
+        entries = _choose(_tree(metadata), unwrapper)
+        under = unwrapper.selection.prefix  # what it leaves aside is not read
         state = {
             name: _assemble(folder, key, entry, places)
             for name, (key, entry) in entries.items()
-            if isinstance(entry, _Tensor)
+            if isinstance(entry, _Tensor) and name.startswith(under)
         }
     except (AttributeError, TypeError, ValueError, KeyError, IndexError, RuntimeError) as error:
         raise DoconvError(f"'{folder}': its {METADATA_FILE} does not add up ({error!r}); it is damaged.") from error
-    unread = [name for name in entries if name not in state]
+    unread = [name for name, (_, entry) in entries.items() if not isinstance(entry, _Tensor)]
     if unread:
-        more = ", ..." if len(unread) > _SHOWN else ""
-        notes.append(f"left {len(unread)} pickled entries unread: {', '.join(unread[:_SHOWN])}{more}")
-    return state, tuple(notes)
+        unwrapper.notes.append(f"left {len(unread)} pickled entries unread: {listed(unread)}")
+    if under and (rest := [name for name in entries if name not in state and name not in unread]):
+        unwrapper.notes.append(f"left {len(rest)} keys outside of '{under}': {listed(rest)}")
+    return state
 
 
 def _read_metadata(path: Path) -> _Metadata:
@@ -144,31 +146,43 @@ def _tree(metadata: _Metadata) -> Tree:
     """The saved dictionary's nesting, which the planner flattened; its leaves are (key in the folder, entry)."""
     tree: Tree = {}
     for key, entry in metadata.state_dict_metadata.items():
-        *parents, name = (metadata.planner_data or {}).get(key, (key,))
+        *parents, name = path = (metadata.planner_data or {}).get(key, (key,))
+        if not isinstance(key, str) or not all(isinstance(part, (str, int)) for part in path):
+            raise TypeError("a key that is no text")
         node = tree
         for parent in parents:
             node = node.setdefault(str(parent), {})
-        node[str(name)] = (str(key), entry)
+        node[str(name)] = (key, entry)
     return tree
 
 
-def _choose(tree: Tree, wrappers: Sequence[str], folder: Path) -> tuple[dict[str, tuple[str, Any]], list[str]]:
-    """The model's part of what was saved, flat, and remarks."""
-    notes: list[str] = []
+def _choose(tree: Tree, unwrapper: Unwrapper) -> dict[str, tuple[str, Any]]:
+    """The model's part of what was saved, flat."""
     while True:
         nested = [name for name, value in tree.items() if isinstance(value, dict)]
-        wrapper = next((name for name in wrappers if name in nested), None)
-        if wrapper is None and nested and len(tree) == len(nested):
+        wrapper = unwrapper.choose(nested, list(tree))
+        if wrapper is None and nested and len(tree) == len(nested) and not unwrapper.selection.prefix:
             if len(nested) > 1:
                 raise DoconvError(
-                    f"'{folder}' holds {', '.join(map(repr, nested))}; which is the model? Save it under 'model', or "
-                    "alone."
+                    f"'{unwrapper.path}' holds {', '.join(map(repr, nested))}; which is the model? Take it with "
+                    f"--prefix {nested[0]}., or save it under 'model', or alone."
                 )
             wrapper = nested[0]
+            unwrapper.notes.append(f"took '{wrapper}' of {listed(list(tree))}")
         if wrapper is None:
-            return {name: value for name, value in tree.items() if name not in nested}, notes
-        notes.append(f"took '{wrapper}' of {', '.join(tree)}")
+            unwrapper.finish(tree)
+            return _flat(tree) if unwrapper.selection.prefix else {k: v for k, v in tree.items() if k not in nested}
         tree = tree[wrapper]
+
+
+def _flat(tree: Tree) -> dict[str, tuple[str, Any]]:
+    flat: dict[str, tuple[str, Any]] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{inner}": one for inner, one in _flat(value).items()}
+        else:
+            flat[name] = value
+    return flat
 
 
 def _assemble(folder: Path, key: str, entry: _Tensor, places: Mapping[tuple[str, tuple[int, ...]], _Place]) -> Tensor:
@@ -206,24 +220,22 @@ def _read_piece(folder: Path, key: str, place: _Place) -> Tensor:
         raise DoconvError(f"'{folder}': '{name}' is stored with {what}, which is not read here; save it without.")
     try:
         with (folder / name).open("rb") as file:
-            file.seek(offset)
-            content = file.read(length)
+            # first the size: Python allocates all that it is asked to read
+            held = os.fstat(file.fileno()).st_size
+            content = b""
+            if 0 <= offset <= offset + length <= held:
+                file.seek(offset)
+                content = file.read(length)
     except OSError as error:
         raise DoconvError(
             f"'{folder}': the shard '{name}' cannot be read ({error.strerror}); copy the whole folder, every rank's."
         ) from error
     if len(content) != length:
         raise DoconvError(
-            f"'{folder}': '{name}' ends after {offset + len(content)} bytes, expected at least {offset + length} for "
-            f"'{key}'; it is incomplete: copy or save it again."
+            f"'{folder}': '{name}' ends after {held} bytes, expected at least {offset + length} for '{key}'; it is "
+            "incomplete: copy or save it again."
         )
-    try:
-        piece = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds for a damaged file, and for more than tensors
-        reason = str(error).splitlines()[0]
-        raise DoconvError(
-            f"'{folder}': '{key}' in '{name}' cannot be read ({type(error).__name__}: {reason}); it is damaged."
-        ) from error
+    piece = load_tensors(content, f"{folder}: '{key}' in '{name}'")
     if not isinstance(piece, Tensor):
         raise DoconvError(f"'{folder}': '{key}' in '{name}' is a {type(piece).__name__}, expected a tensor.")
     return piece

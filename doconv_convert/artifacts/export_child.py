@@ -42,7 +42,8 @@ class ExportJob:
     """What the child needs: `source` draws the network, `state_file` (of `save`) is its whole plain state dict.
 
     With `checkpoint` the child loads that trained file instead, as `load_into` does with `include` and
-    `exclude`, and folds it itself: its export then owes nothing to the parent's fold.
+    `exclude`, and folds it itself: its export then owes nothing to the parent's fold. Where other people's layers
+    are folded by graph, `fold_foreign` does so to the fresh network before `state_file` is loaded.
 
     `inputs_file` is an .npz with the arrays 'input_0', 'input_1', ...: forward's positional arguments, or
     with `image_list` the images of the one list that it takes. The rest is as in `export_onnx`.
@@ -62,6 +63,10 @@ class ExportJob:
     checkpoint: Path | None = None
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
+    ema: bool = False
+    prefix: str = ""
+    fold_foreign: bool = False
+    constant_kernels: bool = False
 
 
 class Child:
@@ -221,16 +226,23 @@ def _export(job: ExportJob) -> ExportReport:
 
 
 def _model(job: ExportJob) -> nn.Module:
-    from doconv_convert.artifacts.checkpoint import load_into, load_strictly, read_checkpoint
+    from doconv_convert.artifacts.checkpoint import load_into, load_strictly
+    from doconv_convert.artifacts.reading import read_checkpoint
+    from doconv_convert.artifacts.selection import Selection
     from doconv_convert.rewrite.fold import fold_in_place
     from doconv_convert.rewrite.sites import Options
 
+    def fold(model: nn.Module) -> nn.Module:
+        return fold_in_place(model, constant_kernels=job.constant_kernels, check_first=False).model
+
     model = build(job.source)
     if job.checkpoint is None:
+        model = fold(model) if job.fold_foreign else model
         load_strictly(model, read_checkpoint(job.state_file).state, str(job.state_file))
         return model
-    load_into(model, read_checkpoint(job.checkpoint), Options(include=job.include, exclude=job.exclude))
-    return fold_in_place(model, check_first=False).model
+    checkpoint = read_checkpoint(job.checkpoint, Selection(job.ema, job.prefix))
+    load_into(model, checkpoint, Options(include=job.include, exclude=job.exclude))
+    return fold(model)
 
 
 def _arrays(path: Path) -> list[Any]:

@@ -104,7 +104,8 @@ def _refused(target: Path, temporary: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename not in (None, str(temporary)):
+        # a copy that fails names its source first
+        if error.filename is not None and str(temporary) not in (str(error.filename), str(error.filename2)):
             raise  # about some other file that the caller's own code opened
         reason = error.strerror or str(error)
         raise DoconvError(f"cannot write '{target}': {reason}; free the place or choose another folder") from error

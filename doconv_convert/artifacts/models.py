@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from doconv_convert.artifacts.checkpoint import load_into, read_checkpoint, require_finite
+from doconv_convert.artifacts.checkpoint import fitted, load_into
 from doconv_convert.artifacts.images import read_image
 from doconv_convert.artifacts.inputs import (
     InputSpec,
@@ -22,7 +22,9 @@ from doconv_convert.artifacts.inputs import (
     takes_image_list,
 )
 from doconv_convert.artifacts.programs import fixed_batch, untied_notes
+from doconv_convert.artifacts.reading import INDEX_SUFFIX, read_checkpoint, require_finite
 from doconv_convert.artifacts.samples import in_order, is_image, read_samples, varied
+from doconv_convert.artifacts.selection import Selection
 from doconv_convert.artifacts.sources import Source, build, parse_source, pinned
 from doconv_convert.errors import UsageError
 
@@ -97,10 +99,17 @@ class Inputs:
 
 
 def is_checkpoint(text: str) -> bool:
-    return Path(text).suffix in _CHECKPOINT_SUFFIXES
+    """Whether a text names a checkpoint: by its suffix, or being a folder or an index of shards."""
+    return Path(text).suffix in _CHECKPOINT_SUFFIXES or text.endswith(INDEX_SUFFIX) or Path(text).is_dir()
 
 
-def open_model(text: str, weights: str | None, model_args: Mapping[str, Any], seed: int) -> Opened:
+def open_model(
+    text: str,
+    weights: str | None,
+    model_args: Mapping[str, Any],
+    seed: int,
+    selection: Selection | None = None,
+) -> Opened:
     """The model of a SOURCE, with random weights, named ones or those of a checkpoint file; or a file of ours.
 
     Raises UsageError or DoconvError as the parts do.
@@ -115,10 +124,11 @@ def open_model(text: str, weights: str | None, model_args: Mapping[str, Any], se
     if weights is None or not (is_checkpoint(weights) or Path(weights).is_file()):
         model = build(source, weights, seed)
         return Opened(model, pinned(source, weights), notes_on(source, model))
-    checkpoint = read_checkpoint(weights)
+    checkpoint = read_checkpoint(weights, selection)
     require_finite(checkpoint)
     model = build(source, None, seed)
-    notes = notes_on(source, model)
+    checkpoint = fitted(checkpoint, model)
+    notes = (*checkpoint.notes, *notes_on(source, model))
     return Opened(load_into(model, checkpoint), source, notes)
 
 

@@ -16,24 +16,24 @@ import torch
 from torch import Tensor, nn
 
 from doconv_convert.artifacts.checkpoint import (
-    Checkpoint,
+    fitted,
     load_into,
-    read_checkpoint,
-    require_finite,
     save,
-    without_prefixes,
 )
 from doconv_convert.artifacts.export_child import Child, ExportJob, export_in_child
 from doconv_convert.artifacts.files import atomic_write, check_writable
 from doconv_convert.artifacts.models import Inputs, notes_on
 from doconv_convert.artifacts.onnx_export import ExportReport
 from doconv_convert.artifacts.onnx_file import install_model
+from doconv_convert.artifacts.reading import Checkpoint, read_checkpoint, require_finite
 from doconv_convert.artifacts.recipe import recipe_sites
+from doconv_convert.artifacts.selection import Selection
 from doconv_convert.artifacts.sources import Source, build
 from doconv_convert.check.certificate import Origin, remove_certificate, write_certificate
 from doconv_convert.check.proof import Proof, Status, TorchSide, prove
 from doconv_convert.check.start import run_in_eval
 from doconv_convert.check.torch_side import resized_side, torch_side
+from doconv_convert.errors import DoconvError, UsageError
 from doconv_convert.rewrite.convert import copy_model
 from doconv_convert.rewrite.fold import FoldReport, fold_in_place
 from doconv_convert.rewrite.folding import FOLD_TOLERANCE
@@ -62,6 +62,7 @@ class Loaded:
     source: Source
     trained: nn.Module
     options: Options
+    constant_kernels: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,17 +76,24 @@ class Release:
     certificate: Path | None = None
 
 
-def load_trained(path: Path, source: Source | None, options: Options) -> Loaded:
-    """Read a checkpoint of ours, or any state dict of `source`'s model. Raises DoconvError."""
-    checkpoint = read_checkpoint(path)
+def load_trained(
+    path: Path,
+    source: Source | None,
+    options: Options,
+    selection: Selection | None = None,
+    constant_kernels: bool = False,
+) -> Loaded:
+    """Read a checkpoint of ours, or any state dict of `source`'s model, foreign DO-Conv layers included.
+    Raises DoconvError."""
+    checkpoint = read_checkpoint(path, selection)
     require_finite(checkpoint)
     if source is None:
         recipe = checkpoint.recipe
         source = recipe.trusted_source(str(path)) if recipe else _no_source(path)
     model = build(source)
-    checkpoint = without_prefixes(checkpoint, model)
+    checkpoint = fitted(checkpoint, model)
     checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *notes_on(source, model)))
-    return Loaded(checkpoint, source, in_eval(load_into(model, checkpoint, options)), options)
+    return Loaded(checkpoint, source, in_eval(load_into(model, checkpoint, options)), options, constant_kernels)
 
 
 def release(
@@ -113,24 +121,27 @@ def release(
     if inputs is not None:  # refuse a wrong one now, not after two exports
         run_in_eval(loaded.trained, inputs.arguments(inputs.export_batch, like=loaded.trained))
     progress("folding")
-    status = fold_status(loaded.trained)
     with _threads_beside(len(waiting)):
-        folded = fold_in_place(copy_model(loaded.trained), check_first=False)
+        folded = fold_loaded(loaded)
+    status = fold_status(loaded.trained, folded)
     notes = _notes(loaded, folded)
+    # a network whose foreign layers became plain ones is no longer what its source draws
+    plain_source = None if folded.by_graph else loaded.source
     if onnx is None or inputs is None:
         if plain is not None:
-            save(folded.model, plain, source=loaded.source)
+            save(folded.model, plain, source=plain_source)
         return Release(folded, None, None, notes)
     with _workspace(onnx) as workspace, _threads_beside(2 if verify else 1):
         state = workspace / "plain.safetensors"
-        save(folded.model, state, source=loaded.source)
+        save(folded.model, state, source=plain_source)
         candidate, baseline = workspace / onnx.name, workspace / f"baseline-{onnx.name}"
         sample = workspace / "inputs.npz"
         write_inputs(sample, inputs.tensors(inputs.export_batch))
         flags = flags or Flags()
         jobs = [export_job(loaded.source, state, sample, candidate, flags, inputs, loaded)]
         if verify:
-            jobs.append(export_job(loaded.source, state, sample, baseline, flags, inputs))
+            job = export_job(loaded.source, state, sample, baseline, flags, inputs)
+            jobs.append(replace(job, fold_foreign=bool(folded.by_graph), constant_kernels=loaded.constant_kernels))
         progress("exporting")
         batch = inputs.proof_batch if flags.dynamic_batch else inputs.export_batch
         models = loaded.trained, folded.model
@@ -168,14 +179,22 @@ def torch_sides(
     return side, resized
 
 
-def fold_status(trained: nn.Module) -> Status:
+def fold_loaded(loaded: Loaded) -> FoldReport:
+    """Fold a copy of the trained model."""
+    return fold_in_place(copy_model(loaded.trained), constant_kernels=loaded.constant_kernels, check_first=False)
+
+
+def fold_status(trained: nn.Module, folded: FoldReport) -> Status:
     """The per-site check's status: `fold` raises where it fails, so coming past it is having passed."""
-    sites = recipe_sites(trained)
-    with_d = sum(site.d_mul is not None for site in sites)
-    if not sites:
+    without_d = sum(site.d_mul is None for site in recipe_sites(trained))
+    if not folded.folded and not folded.by_graph and not without_d:
         return Status("fold", "passed", "nothing to fold: a plain checkpoint")
-    others = f" ({len(sites) - with_d} more have no D)" if len(sites) > with_d else ""
-    detail = f"{with_d} kernels{others}; kernel and feature composition agree in float64 to {FOLD_TOLERANCE:.0e}"
+    others = f" ({without_d} more have no D)" if without_d else ""
+    detail = (
+        f"{len(folded.folded)} kernels{others}; kernel and feature composition agree in float64 to {FOLD_TOLERANCE:.0e}"
+    )
+    if folded.by_graph:
+        detail += f"; {len(folded.by_graph)} foreign layers folded by graph, equal to their own forward to as much"
     return Status("fold", "passed", detail)
 
 
@@ -203,6 +222,9 @@ def export_job(
         checkpoint=None if trained is None else Path(trained.checkpoint.path),
         include=("*",) if trained is None else tuple(trained.options.include),
         exclude=() if trained is None else tuple(trained.options.exclude),
+        ema=trained is not None and trained.checkpoint.selection.ema,
+        prefix="" if trained is None else trained.checkpoint.selection.prefix,
+        constant_kernels=trained is not None and trained.constant_kernels,
     )
 
 
@@ -217,6 +239,9 @@ def _workspace(target: Path) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield folder
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DoconvError(f"cannot write '{target}': {reason}; free the place or choose another folder") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -238,7 +263,7 @@ def _side_by_side(model: nn.Module) -> bool:
 
 def _notes(loaded: Loaded, folded: FoldReport) -> tuple[str, ...]:
     notes = list(loaded.checkpoint.notes)
-    if not recipe_sites(loaded.trained):
+    if not recipe_sites(loaded.trained) and not loaded.checkpoint.units and not folded.by_graph:
         notes.append(f"'{loaded.checkpoint.path}' has no D: a plain checkpoint, nothing to fold")
     notes += [f"'{one.name}' ({one.cls}) was not folded: {one.declined}" for one in folded.foreign if one.declined]
     dtypes = {str(p.dtype).removeprefix("torch.") for p in loaded.trained.parameters()} & {
@@ -254,6 +279,4 @@ def _notes(loaded: Loaded, folded: FoldReport) -> tuple[str, ...]:
 
 
 def _no_source(path: Path) -> Source:
-    from doconv_convert.errors import UsageError
-
     raise UsageError(f"'{path}' has no recipe that says what model it holds; name it with --model SOURCE.")

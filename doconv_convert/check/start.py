@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from doconv_convert.check.device import full_precision, to_device
-from doconv_convert.check.exact import output_tensors, run_inputs
-from doconv_convert.errors import DoconvError
+from doconv_convert.check.exact import output_tensors, run_float64, run_inputs
+from doconv_convert.check.outputs import bound_for, relative_error
+from doconv_convert.errors import CheckFailedError, DoconvError
 from doconv_convert.rewrite.convert import same_outputs
 from doconv_convert.rewrite.tracing import undisturbed
 
@@ -32,6 +33,32 @@ def require_same_start(
         original, converted, inputs = original.to(device), converted.to(device), to_device(inputs, device)
     with full_precision():
         _compare(name, original, converted, inputs)
+
+
+def require_same_function(trained: nn.Module, plain: nn.Module, converted: nn.Module, inputs: Any) -> str:
+    """Run a foreign model (`trained`) in float64, its folded and its converted form as they are, in eval mode on the
+    CPU: the converted one may be off by what the proof allows an exported one. Returns what was seen.
+
+    Raises CheckFailedError where an output differs by more.
+    """
+    name = type(trained).__name__
+    truth = run_float64(trained, inputs)
+    folded, got = (output_tensors(run_in_eval(model, inputs)) for model in (plain, converted))
+    if not truth or not len(truth) == len(folded) == len(got):
+        raise DoconvError(f"{name}: its outputs cannot be compared; it has {len(truth)} tensors for outputs.")
+    worst = 0.0
+    for exact, one, other in zip(truth, folded, got, strict=True):
+        if exact.shape != other.shape:
+            raise CheckFailedError(f"{name}: the converted model's output has shape {tuple(other.shape)}.")
+        expected = exact.numpy()
+        error, plain_error = (relative_error(t.double().numpy(), expected) for t in (other, one))
+        if not error <= bound_for(plain_error):
+            raise CheckFailedError(
+                f"{name}: the converted model is off by {error:.1e} of the output's scale, expected at most "
+                f"{bound_for(plain_error):.1e}; nothing was written. Please report it."
+            )
+        worst = max(worst, error)
+    return f"off by {worst:.1e} of the output's scale from the foreign model in float64"
 
 
 def _compare(name: str, original: nn.Module, converted: nn.Module, inputs: Any) -> None:

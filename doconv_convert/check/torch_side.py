@@ -22,6 +22,7 @@ from doconv_convert.check.exact import output_tensors, run_float64, run_inputs
 from doconv_convert.check.outputs import SEEN, bound_for, relative_error
 from doconv_convert.check.proof import TorchSide
 from doconv_convert.errors import DoconvError, UsageError
+from doconv_convert.rewrite.authors import authors_sites
 from doconv_convert.rewrite.discover import discover
 from doconv_convert.rewrite.measure import run_model
 from doconv_convert.rewrite.modes import in_eval
@@ -177,6 +178,7 @@ def _float32_kernels(folded: nn.Module, trained: nn.Module) -> Mapping[str, Tens
     folded.float().requires_grad_(False)
     kernels: dict[str, Tensor] = {}
     sites = [(site.owner, site.kernel) for site in recipe_sites(trained)]
+    sites += [(site.path, site.kernel) for site in authors_sites(trained)]
     if not sites:  # a plain model: all of its convolutions
         plain = [site for site in discover(folded).sites if site.parameter is not None]
         sites = [(site.owners[0].path, site.owners[0].kernel) for site in plain]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,9 @@ class Reference:
     dynamic_batch: bool = True
     device: str = "cpu"
     min_coverage: float = 0.0
+    ema: bool = False
+    prefix: str = ""
+    constant_kernels: bool = False
 
 
 def verify(
@@ -78,17 +81,24 @@ def count_source(
     inputs = find_inputs(opened, input_shapes, None) or _no_inputs(text)
     if not is_checkpoint(text):
         _use_every_parameter(opened.model, inputs)
-    plain = fold_in_place(opened.model, check_first=False).model
+    report = fold_in_place(opened.model, check_first=False)
+    plain, by_graph = report.model, bool(report.by_graph)
     with tempfile.TemporaryDirectory() as folder:
-        baseline = _export_baseline(Path(folder), opened.source, plain, inputs, Reference(against=text))
+        baseline = _export_baseline(
+            Path(folder), opened.source, plain, inputs, Reference(against=text), fold_foreign=by_graph
+        )
         if not (inputs.image_list or _is_dynamic(baseline)):  # its count would be that of the traced batch
             one = Reference(against=text, dynamic_batch=False)
-            baseline = _export_baseline(Path(folder), opened.source, plain, inputs, one, batch=inputs.fixed_batch or 1)
+            batch = inputs.fixed_batch or 1
+            baseline = _export_baseline(
+                Path(folder), opened.source, plain, inputs, one, batch=batch, fold_foreign=by_graph
+            )
         return count_macs(baseline, ignore=ignore)
 
 
 def _against_torch(candidate: Path, reference: Reference, progress: Callable[[str], None]) -> Proof:
     from doconv_convert.artifacts.models import Opened, find_inputs, is_checkpoint, open_model
+    from doconv_convert.artifacts.selection import Selection
     from doconv_convert.artifacts.sources import parse_source
     from doconv_convert.check.device import find_device
     from doconv_convert.check.release import fold_status, load_trained, torch_sides
@@ -98,29 +108,32 @@ def _against_torch(candidate: Path, reference: Reference, progress: Callable[[st
     from doconv_convert.rewrite.sites import Options
 
     has_weights, device = True, find_device(reference.device)
+    selection = Selection(reference.ema, reference.prefix)
     if is_checkpoint(reference.against) and ":" not in reference.against:
         source = None if reference.model is None else parse_source(reference.model, reference.model_args)
         options = Options(include=reference.include, exclude=reference.exclude)
-        loaded = load_trained(Path(reference.against), source, options)
+        loaded = load_trained(Path(reference.against), source, options, selection)
         opened = Opened(loaded.trained, loaded.source)
     else:
-        opened = open_model(reference.against, reference.weights, reference.model_args, 0)
+        opened = open_model(reference.against, reference.weights, reference.model_args, 0, selection)
         has_weights = reference.weights is not None or opened.source.kind == "program"
     inputs = find_inputs(opened, reference.input_shapes, reference.input_file) or _no_inputs(reference.against)
     if not has_weights:
         _use_every_parameter(opened.model, inputs)
     progress("folding")
-    report = fold_in_place(copy_model(opened.model), check_first=False)
+    report = fold_in_place(copy_model(opened.model), constant_kernels=reference.constant_kernels, check_first=False)
     folded = in_eval(report.model)
     with tempfile.TemporaryDirectory() as folder:
         progress("exporting the original")
-        baseline = _export_baseline(Path(folder), opened.source, folded, inputs, reference)
+        baseline = _export_baseline(
+            Path(folder), opened.source, folded, inputs, reference, fold_foreign=bool(report.by_graph)
+        )
         if not has_weights:
             return _without_weights(candidate, baseline, [t.numpy() for t in inputs.tensors(inputs.export_batch)])
         progress("running both")
         batch = inputs.proof_batch if _is_dynamic(baseline) else inputs.export_batch
         side, resized = torch_sides(opened.model, folded, inputs, batch, _flags(reference), device)
-        return prove(candidate, baseline, side, fold_status(opened.model), resized, reference.min_coverage)
+        return prove(candidate, baseline, side, fold_status(opened.model, report), resized, reference.min_coverage)
 
 
 def _use_every_parameter(model: Any, inputs: Inputs) -> None:
@@ -147,7 +160,13 @@ def _is_dynamic(path: Path) -> bool:
 
 
 def _export_baseline(
-    folder: Path, source: Source, folded: Any, inputs: Inputs, reference: Reference, batch: int | None = None
+    folder: Path,
+    source: Source,
+    folded: Any,
+    inputs: Inputs,
+    reference: Reference,
+    batch: int | None = None,
+    fold_foreign: bool = False,
 ) -> Path:
     from doconv_convert.artifacts.checkpoint import save
     from doconv_convert.artifacts.export_child import export_in_child
@@ -156,7 +175,8 @@ def _export_baseline(
     state, sample, baseline = folder / "plain.safetensors", folder / "inputs.npz", folder / "baseline.onnx"
     save(folded, state)
     write_inputs(sample, inputs.tensors(batch or inputs.export_batch))
-    export_in_child([export_job(source, state, sample, baseline, _flags(reference), inputs)])
+    job = export_job(source, state, sample, baseline, _flags(reference), inputs)
+    export_in_child([replace(job, fold_foreign=fold_foreign, constant_kernels=reference.constant_kernels)])
     return baseline
 
 

@@ -138,7 +138,8 @@ def _results(
     """(name, parameters, MACs, correct, accuracy, predictions) of the three forms of the network."""
     import torch
 
-    from doconv_convert.artifacts.checkpoint import load_strictly, read_checkpoint
+    from doconv_convert.artifacts.checkpoint import load_strictly
+    from doconv_convert.artifacts.reading import read_checkpoint
     from doconv_convert.artifacts.sources import build
     from doconv_convert.check.outputs import run_onnx
 

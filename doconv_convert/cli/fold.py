@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from doconv_convert.cli import options as o
-from doconv_convert.cli.console import check_failed, output
+from doconv_convert.cli.console import Output, check_failed, output
 from doconv_convert.errors import UsageError
+
+if TYPE_CHECKING:
+    from doconv_convert.artifacts.fold_keys import FoldedByKeys
 
 
 def fold(
-    checkpoint: Annotated[Path, typer.Argument(help="A file of ours, or torch.save(model.state_dict()).")],
+    checkpoint: Annotated[Path, typer.Argument(help="A file of ours, a state dict, a foreign DO-Conv checkpoint.")],
     model: Annotated[
         str | None,
         typer.Option("--model", metavar="SOURCE", help="The network it belongs to, unless the file says so."),
@@ -26,6 +29,13 @@ def fold(
     model_args: o.ModelArgs = None,
     include: o.Include = None,
     exclude: o.Exclude = None,
+    ema: o.Ema = False,
+    prefix: o.Prefix = "",
+    kernel: Annotated[
+        list[str] | None,
+        typer.Option("--kernel", metavar="GLOB=1x9", help="Without --model: a foreign layer's kernel size; repeats."),
+    ] = None,
+    constant_kernels: o.ConstantKernels = False,
     input_shape: o.InputShape = None,
     input_file: o.InputFile = None,
     opset: o.Opset = None,
@@ -52,17 +62,27 @@ def fold(
             raise UsageError("fold: name what to write: -o plain.safetensors, --onnx out.onnx, or both.")
         if out == onnx:
             raise UsageError(f"fold: -o and --onnx both name '{out}', expected two files.")
+        from doconv_convert.artifacts.fold_keys import fold_foreign_file
         from doconv_convert.artifacts.models import Opened, find_inputs
+        from doconv_convert.artifacts.selection import Selection
         from doconv_convert.artifacts.sources import parse_source
         from doconv_convert.check.device import find_device
         from doconv_convert.check.release import Flags, load_trained, release
         from doconv_convert.rewrite.sites import Options
 
         where = find_device(device)
+        selection = Selection(ema, prefix)
+        if model is None and onnx is None and out is not None:
+            by_keys = fold_foreign_file(checkpoint, selection, kernel or (), out)
+            if by_keys is not None:
+                _show_by_keys(shown, by_keys, out)
+                return
+        if kernel:
+            raise UsageError("--kernel is for foreign layers folded without a model; with --model the model tells.")
         o.announce_code(shown, model)
         source = None if model is None else parse_source(model, o.parse_model_args(model_args))
         options = Options(include=include or ("*",), exclude=exclude or ())
-        loaded = load_trained(checkpoint, source, options)
+        loaded = load_trained(checkpoint, source, options, selection, constant_kernels)
         inputs = None
         if onnx is not None:
             inputs = find_inputs(Opened(loaded.trained, loaded.source), input_shape, input_file)
@@ -92,7 +112,7 @@ def fold(
         written = [] if proof is not None and proof.failed else [str(path) for path in (out, onnx) if path is not None]
         shown.document = {
             "source": loaded.source.to_json(),
-            "folded": made.fold.folded,
+            "folded": [*made.fold.folded, *made.fold.by_graph],
             "notes": made.notes,
             "export": None if export is None else {**asdict(export), "path": str(onnx)},
             "proof": None if proof is None else proof.to_json(),
@@ -101,7 +121,7 @@ def fold(
             "certificate": None if made.certificate is None else str(made.certificate),
         }
         if proof is None:
-            shown.say(f"folded {len(made.fold.folded)} kernels; wrote {out}")
+            shown.say(f"folded {len(shown.document['folded'])} kernels; wrote {out}")
             return
         shown.proof(proof) if not no_verify else shown.say(f"{onnx}: proven: false (--no-verify)")
         if export is not None:
@@ -113,3 +133,18 @@ def fold(
         if made.certificate is not None:
             written.append(str(made.certificate))
         shown.say("wrote " + ", ".join(written))
+
+
+def _show_by_keys(shown: Output, made: FoldedByKeys, out: Path) -> None:
+    shown.document = {
+        "source": None,
+        "folded": made.folded,
+        "notes": made.notes,
+        "export": None,
+        "proof": None,
+        "proven": False,
+        "written": [str(out)],
+    }
+    for note in made.notes:
+        shown.say(note)
+    shown.say(f"folded {len(made.folded)} kernels; wrote {out}")

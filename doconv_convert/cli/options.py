@@ -43,6 +43,17 @@ Dynamic = Annotated[
 ]
 Static = Annotated[bool, typer.Option("--static", help="A fixed batch of 2 instead of a dynamic one.")]
 
+Ema = Annotated[bool, typer.Option("--ema", help="Take the averaged weights of the checkpoint.")]
+Prefix = Annotated[
+    str, typer.Option("--prefix", metavar="P.", help="Take only the checkpoint's keys under P., without it.")
+]
+ConstantKernels = Annotated[
+    bool,
+    typer.Option(
+        "--constant-kernels", help="Fold Conv subclasses and parametrised kernels (weight norm, standardisation) too."
+    ),
+]
+
 MinCoverage = Annotated[
     float,
     typer.Option(

@@ -34,6 +34,8 @@ def to_doconv(
         int, typer.Option("--max-d-params", metavar="N", help="Keep a layer whose D would be larger.")
     ] = 16_000_000,
     seed: o.Seed = 0,
+    ema: o.Ema = False,
+    prefix: o.Prefix = "",
     model_args: o.ModelArgs = None,
     input_shape: o.InputShape = None,
     input_file: o.InputFile = None,
@@ -51,17 +53,21 @@ def to_doconv(
         from doconv_convert.artifacts.checkpoint import save
         from doconv_convert.artifacts.files import check_writable
         from doconv_convert.artifacts.models import find_inputs, open_model
+        from doconv_convert.artifacts.selection import Selection
         from doconv_convert.check.device import find_device
-        from doconv_convert.check.start import require_same_start, run_in_eval
+        from doconv_convert.check.start import require_same_function, require_same_start, run_in_eval
+        from doconv_convert.rewrite.authors import authors_sites
+        from doconv_convert.rewrite.continued import continue_foreign
         from doconv_convert.rewrite.convert import to_doconv as convert
         from doconv_convert.rewrite.cost import cost
         from doconv_convert.rewrite.plan import plan
+        from doconv_convert.rewrite.sites import Options
 
         if out is not None and not dry_run:
             check_writable(out)
         where = find_device(device)
         o.announce_code(shown, source)
-        opened = open_model(source, weights, o.parse_model_args(model_args), seed)
+        opened = open_model(source, weights, o.parse_model_args(model_args), seed, Selection(ema, prefix))
         inputs = find_inputs(opened, input_shape, input_file)
         chosen = {
             "d_mul": d_mul,
@@ -74,29 +80,42 @@ def to_doconv(
         example = None if inputs is None else inputs.arguments(samples, like=opened.model)
         if example is not None:
             run_in_eval(opened.model, example)  # wrong inputs are refused here, in words
-        planned = plan(opened.model, example, **chosen)  # type: ignore[arg-type]
-        expected = cost(planned, opened.model, batch=batch, measured_batch=samples)
+        foreign = None
+        if any(authors_sites(opened.model)):
+            options = Options(**chosen, seed=seed)  # type: ignore[arg-type]
+            foreign = continue_foreign(opened.model, example, options, dry_run=dry_run or example is None)
+        original = opened.model if foreign is None else foreign.plain
+        planned = plan(original, example, **chosen) if foreign is None else foreign.plan  # type: ignore[arg-type]
+        expected = cost(planned, original, batch=batch, measured_batch=samples)
+        notes = opened.notes if foreign is None else (*opened.notes, *foreign.told())
         shown.document = {
             "plan": {**planned.to_json(), "batch": samples},
             "cost": expected.to_json(),
-            "notes": opened.notes,
+            "notes": notes,
             "written": None,
         }
+        same = "exactly what the original does (torch.equal)"
         if not dry_run and out is not None:
             if example is None:
                 raise UsageError(f"'{source}': its input is not known; give it with --input-shape 1,3,224,224.")
-            converted = convert(opened.model, example_inputs=example, seed=seed, **chosen)  # type: ignore[arg-type]
             shown.step("comparing with the original")
-            require_same_start(opened.model, converted, example, where)
+            if foreign is None or foreign.converted is None:
+                converted = convert(original, example_inputs=example, seed=seed, **chosen)  # type: ignore[arg-type]
+                require_same_start(original, converted, example, where)
+            else:
+                converted = foreign.converted
+                same = "what the foreign model does, " + require_same_function(
+                    opened.model, original, converted, example
+                )
             save(converted, out, source=opened.source)
             shown.document["written"] = str(out)
-        for note in opened.notes:
+        for note in notes:
             shown.say(note)
         _show(shown, planned, samples)
         if dry_run:
             _show_cost(shown, expected)
         if shown.document["written"]:
-            shown.say(f"wrote {out}: computes exactly what the original does (torch.equal)")
+            shown.say(f"wrote {out}: computes {same}")
 
 
 def _show(shown: Output, planned: Plan, samples: int) -> None:

@@ -40,6 +40,9 @@ def verify(
     output_names: o.OutputNames = None,
     dynamic: o.Dynamic = None,
     static: o.Static = False,
+    ema: o.Ema = False,
+    prefix: o.Prefix = "",
+    constant_kernels: o.ConstantKernels = False,
     device: o.Device = "cpu",
     min_coverage: o.MinCoverage = 0.0,
     form: o.As = None,
@@ -79,6 +82,9 @@ def verify(
             dynamic_batch=not static,
             device=device,
             min_coverage=min_coverage,
+            ema=ema,
+            prefix=prefix,
+            constant_kernels=constant_kernels,
         )
         o.announce_code(shown, against, model)
         _show(shown, verify_file(candidate, reference, shown.step))

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from doconv_convert.nn.stored import refuse_shards
+from doconv_convert.rewrite.authors import fold_authors
 from doconv_convert.rewrite.convert import copy_model
 from doconv_convert.rewrite.foreign import Foreign, find_foreign, replace_foreign
 from doconv_convert.rewrite.passes import fold_kernels
@@ -15,11 +16,17 @@ from doconv_convert.rewrite.passes import fold_kernels
 
 @dataclass
 class FoldReport:
-    """The folded model, the names of our kernels in it (each passed the per-site check) and foreign layers."""
+    """The folded model, the names of the kernels composed in it, ours and those told by a file's keys (each passed the
+    per-site check), and foreign layers folded by graph."""
 
     model: nn.Module
     folded: list[str] = field(default_factory=list)
     foreign: list[Foreign] = field(default_factory=list)
+
+    @property
+    def by_graph(self) -> list[str]:
+        """The foreign layers that became plain convolutions."""
+        return [one.name for one in self.foreign if one.conv is not None]
 
 
 def fold(
@@ -51,8 +58,9 @@ def fold(
 def fold_in_place(model: nn.Module, *, constant_kernels: bool = False, check_first: bool = True) -> FoldReport:
     """Fold `model` itself. `check_first` composes every kernel once more up front, so that an error leaves the
     model untouched; a caller who throws the model away on an error saves that."""
+    units = fold_authors(model)
     foreign = find_foreign(model, constant_kernels)
     folded, _ = fold_kernels(model, check_first)
     replace_foreign(model, foreign)
     root = next((one.conv for one in foreign if one.name == "" and one.conv is not None), model)
-    return FoldReport(root, folded, foreign)
+    return FoldReport(root, [*units, *folded], foreign)

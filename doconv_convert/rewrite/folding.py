@@ -80,15 +80,28 @@ def composition_error(factors: Factors, kernel: Tensor) -> float:
     generator = torch.Generator().manual_seed(0)
     spatial = kernel.dim() - 2
     size = (2, kernel.shape[1] * factors.groups, *kernel.shape[2:])
-    x = torch.randn(size, generator=generator, dtype=torch.float64)
+    x = torch.randn(size, generator=generator, dtype=torch.float64) * probe_scale(kernel, factors.weight, factors.d)
     weight, d, extra = (
         None if t is None else t.detach().to("cpu", torch.float64) for t in (factors.weight, factors.d, factors.extra)
     )
     direct = CONVOLUTIONS[spatial](x, kernel, groups=factors.groups)
     ones = [1] * spatial
     features = convolve_features(x, weight, d, extra, None, ones, [0] * spatial, ones, factors.groups)  # type: ignore[arg-type]
-    scale = float(direct.norm())
-    return float((direct - features).norm()) / scale if scale else float(features.norm())
+    return relative_distance(features, direct)
+
+
+def probe_scale(*tensors: Tensor) -> float:
+    """By how much to scale an input so that no product with huge, finite values overflows."""
+    largest = max(float(tensor.detach().abs().max()) if tensor.numel() else 0.0 for tensor in tensors)
+    return 2.0**-64 if largest > 2.0**500 else 1.0
+
+
+def relative_distance(got: Tensor, expected: Tensor) -> float:
+    """||got - expected|| / ||expected||, also where the squares of the values would overflow; of zero, ||got||."""
+    unit = float(expected.abs().max()) if expected.numel() else 0.0
+    got, expected = (got / unit, expected / unit) if unit else (got, expected)
+    scale = float(expected.norm())
+    return float((got - expected).norm()) / scale if scale else float(got.norm())
 
 
 def assign_folded(every: Sequence[Factors]) -> None:

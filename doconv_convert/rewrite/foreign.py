@@ -1,8 +1,9 @@
 """Folding other people's layers, by graph: a layer whose kernel is a pure function of its own parameters.
 
-The layer is traced alone. If it does nothing to its input but (at most) pad it by constant amounts and
-convolve it, and neither kernel nor bias depends on the input or on chance, both are evaluated in float64 and
-the layer becomes a plain convolution. No key names are guessed.
+The layer is traced alone: by symbols, else by torch.export with free sizes. If it does nothing to its input but
+(at most) pad it by constant amounts and convolve it, and neither kernel nor bias depends on the input or on
+chance, both are evaluated in float64, the layer's own forward is held against the convolution to 1e-12, and it
+takes its place. No key names are guessed.
 """
 
 from __future__ import annotations
@@ -19,14 +20,20 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from doconv_convert.nn.layers import DOCONV_CLASSES
+from doconv_convert.rewrite.convert import copy_model
+from doconv_convert.rewrite.exported import NotExported, exported, sample_input
+from doconv_convert.rewrite.folding import FOLD_TOLERANCE
 from doconv_convert.rewrite.graphs import ancestors, attribute, functional_calls, kernel_origin
 from doconv_convert.rewrite.install import is_over_parameterized
 from doconv_convert.rewrite.sites import Reason
-from doconv_convert.rewrite.tracing import trace
+from doconv_convert.rewrite.tracing import trace, undisturbed
 
 _PLAIN = {plain.__name__[-2]: plain for plain in DOCONV_CLASSES}
 _PAD_MODES = {"constant": "zeros", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
+_PAD_CALLS = (F.pad, torch.ops.aten.pad.default)
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_GENERAL_CALLS = (torch.convolution, torch.ops.aten.convolution.default)
+_GENERAL_ARGUMENTS = (*_ARGUMENTS[:-1], "transposed", "output_padding", "groups")
 
 
 @dataclass(frozen=True)
@@ -73,58 +80,86 @@ def _is_candidate(module: nn.Module, constant_kernels: bool) -> bool:
 
 def _inspect(path: str, module: nn.Module) -> Foreign | None:
     """None where the layer has no computed kernel at all."""
+    cls = type(module).__name__
     gm = trace(module, training=False)
-    if gm is None:
-        return (
-            None
-            if not path and any(module.children())
-            else Foreign(path, type(module).__name__, None, "its forward cannot be traced")
-        )
-    computed = [
-        c
-        for c in functional_calls(gm.graph)
-        if kernel_origin(gm, c.kernel) in (Reason.COMPUTED, Reason.INPUT_DEPENDENT)
-    ]
-    if not computed:
+    if gm is None and not path and any(module.children()):
         return None
-    declined = _reason_to_decline(gm, [c.node for c in functional_calls(gm.graph)])
-    if declined is not None:
-        return Foreign(path, type(module).__name__, None, declined)
     try:
-        conv = _as_convolution(gm, computed[0].node, module)
+        if gm is None:
+            raise _Declined("its forward cannot be traced", by_shape=True)
+        conv = _read(gm, module)
     except _Declined as reason:
-        return Foreign(path, type(module).__name__, None, str(reason))
-    return Foreign(path, type(module).__name__, conv, None)
+        if not reason.by_shape:
+            return Foreign(path, cls, None, str(reason))
+        try:
+            conv = _second_try(module, reason)
+        except _Declined as again:
+            return Foreign(path, cls, None, str(again))
+    return None if conv is None else Foreign(path, cls, conv, None)
 
 
 class _Declined(Exception):
-    """Why a traced layer is not a plain convolution."""
+    """Why a traced layer is not a plain convolution; `by_shape` where knowing the input's shape may help."""
+
+    def __init__(self, reason: str, *, by_shape: bool = False) -> None:
+        super().__init__(reason)
+        self.by_shape = by_shape
 
 
-def _reason_to_decline(gm: fx.GraphModule, calls: list[fx.Node]) -> str | None:
+def _second_try(module: nn.Module, first: _Declined) -> nn.Module | None:
+    """By torch.export, for which the number of channels is a constant, and height and width are not."""
+    exact = copy_model(module).to("cpu", torch.float64).eval()
+    sample = sample_input(exact)
+    if sample is None:
+        raise first
+    if not sample.computes_kernel:
+        return None
+    try:
+        gm = exported(exact, sample)
+    except NotExported as reason:
+        raise _Declined(str(reason)) from reason
+    return _read(gm, module)
+
+
+def _read(gm: fx.GraphModule, module: nn.Module) -> nn.Module | None:
+    """The plain convolution that a layer's graph amounts to; None where it computes no kernel. Raises _Declined."""
+    calls = list(functional_calls(gm.graph))
+    computed = [c for c in calls if kernel_origin(gm, c.kernel) in (Reason.COMPUTED, Reason.INPUT_DEPENDENT)]
+    if not computed:
+        return None
+    _require_one_call(gm, [c.node for c in calls])
+    return _as_convolution(gm, computed[0].node, module)
+
+
+def _require_one_call(gm: fx.GraphModule, calls: list[fx.Node]) -> None:
     if len(calls) != 1:
-        return f"it makes {len(calls)} convolution calls, expected 1"
+        raise _Declined(f"it makes {len(calls)} convolution calls, expected 1")
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder" and node.users]
     if len(inputs) != 1:
-        return f"it reads {len(inputs)} inputs, expected 1"
+        raise _Declined(f"it reads {len(inputs)} inputs, expected 1")
     output = next(node for node in gm.graph.nodes if node.op == "output")
-    if output.args[0] is not calls[0]:
-        return "it does more than convolve: its output is not the convolution's"
-    return None
+    if output.args[0] not in (calls[0], (calls[0],)):
+        raise _Declined("it does more than convolve: its output is not the convolution's")
 
 
 def _as_convolution(gm: fx.GraphModule, call: fx.Node, module: nn.Module) -> nn.Module:
-    arguments: dict[str, Any] = dict(zip(_ARGUMENTS, call.args, strict=False)) | call.kwargs
+    names = _GENERAL_ARGUMENTS if call.target in _GENERAL_CALLS else _ARGUMENTS
+    arguments: dict[str, Any] = dict(zip(names, call.args, strict=False)) | call.kwargs
     source, weight, bias = arguments["input"], arguments["weight"], arguments.get("bias")
     for value, what in ((weight, "kernel"), (bias, "bias")):
         if isinstance(value, fx.Node) and any(n.op == "placeholder" for n in ancestors(value)):
             raise _Declined(f"its {what} depends on the input")
     constants = {k: v for k, v in arguments.items() if k not in ("input", "weight", "bias")}
     if any(isinstance(value, fx.Node) for value in torch.utils._pytree.tree_leaves(constants)):
-        raise _Declined("its stride, padding, dilation or groups are computed")
+        raise _Declined("its stride, padding, dilation or groups are computed", by_shape=True)
+    if constants.get("transposed"):
+        raise _Declined("it is a transposed convolution")
     pad, mode, source = _leading_pad(source)
     if not (isinstance(source, fx.Node) and source.op == "placeholder"):
-        raise _Declined("it does more than pad its input before the convolution")
+        raise _Declined(
+            "it does more than pad its input before the convolution",
+            by_shape=isinstance(source, fx.Node) and source.op == "call_module",
+        )
     kernel, offset = _evaluate(gm, weight), None if bias is None else _evaluate(gm, bias)
     if not torch.isfinite(kernel).all():
         raise _Declined("its kernel is not finite")
@@ -145,10 +180,31 @@ def _as_convolution(gm: fx.GraphModule, call: fx.Node, module: nn.Module) -> nn.
         _PAD_MODES[mode] if pad else "zeros",
         device="meta",
     )
+    conv.weight, conv.bias = nn.Parameter(kernel), None if offset is None else nn.Parameter(offset)
+    _require_same_function(module, conv)
     conv.weight = _parameter(kernel, reference)
     if offset is not None:
         conv.bias = _parameter(offset, reference)
     return conv.train(module.training)  # type: ignore[no-any-return]
+
+
+def _require_same_function(module: nn.Module, conv: Any) -> None:
+    """Raises _Declined where the layer itself, in float64, is not the convolution with the uncast kernel."""
+    exact = copy_model(module).to("cpu", torch.float64).eval()
+    generator = torch.Generator().manual_seed(0)
+    for more in (5, 8):
+        covered = [(k - 1) * d for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
+        size = [extent + more + axis for axis, extent in enumerate(covered)]
+        x = torch.randn(2, conv.in_channels, *size, generator=generator, dtype=torch.float64)
+        with undisturbed(exact), torch.no_grad():
+            try:
+                expected, got = exact(x), conv(x)
+            except Exception as error:  # the user's forward
+                raise _Declined(f"it does not run alone in float64, to be compared ({type(error).__name__})") from error
+        if not isinstance(expected, Tensor) or expected.shape != got.shape:
+            raise _Declined("its output's shape is not the convolution's")
+        if not float((got - expected).norm()) <= FOLD_TOLERANCE * max(float(expected.norm()), float(got.norm())):
+            raise _Declined("its output is not the convolution's")
 
 
 def _parameter(value: Tensor, like: nn.Parameter) -> nn.Parameter:
@@ -157,7 +213,7 @@ def _parameter(value: Tensor, like: nn.Parameter) -> nn.Parameter:
 
 def _leading_pad(source: Any) -> tuple[list[int], str, Any]:
     """(pad, mode, what is padded) of an F.pad call, or ([], "constant", source)."""
-    if not (isinstance(source, fx.Node) and source.op == "call_function" and source.target is F.pad):
+    if not (isinstance(source, fx.Node) and source.op == "call_function" and source.target in _PAD_CALLS):
         return [], "constant", source
     arguments: dict[str, Any] = dict(zip(("input", "pad", "mode", "value"), source.args, strict=False)) | source.kwargs
     pad, mode, value = arguments["pad"], arguments.get("mode", "constant"), arguments.get("value")
@@ -208,7 +264,9 @@ def _evaluate(gm: fx.GraphModule, node: Any) -> Tensor:
                 inner = copy.deepcopy(gm.get_submodule(str(step.target)))
                 values[step] = inner.to("cpu", torch.float64).eval()(*args, **kwargs)
             else:
-                raise _Declined(f"its kernel needs '{step.name}', which is no parameter, buffer or constant")
+                raise _Declined(
+                    f"its kernel needs '{step.name}', which is no parameter, buffer or constant", by_shape=True
+                )
     result: Tensor = values[node]
     return result.double()
 

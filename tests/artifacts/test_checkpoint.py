@@ -16,7 +16,8 @@ from support_cli import TINY, names, read_file, rewrite_file, tiny, trained_samp
 from torch import Tensor, nn
 
 from doconv_convert import fold, load, save, to_doconv
-from doconv_convert.artifacts.checkpoint import load_into, load_strictly, read_checkpoint, require_finite
+from doconv_convert.artifacts.checkpoint import load_into, load_strictly
+from doconv_convert.artifacts.reading import read_checkpoint, require_finite
 from doconv_convert.artifacts.sources import build, parse_source
 from doconv_convert.errors import DoconvError
 from doconv_convert.nn.overlay import is_overlaid
@@ -328,7 +329,7 @@ def test_a_wider_network_is_told_by_its_shapes(tmp_path: Path) -> None:
     path, _ = saved_tiny(tmp_path)
     wider = tiny(tmp_path)
     wider.head = nn.Linear(8, 5)
-    with pytest.raises(DoconvError, match=r"of another shape: 'head.weight' got \(3, 8\), expected \(5, 8\)"):
+    with pytest.raises(DoconvError, match=r"of another shape or kind: 'head.weight' got \(3, 8\), expected \(5, 8\)"):
         load(path, model=wider)
 
 

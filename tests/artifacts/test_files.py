@@ -1,17 +1,18 @@
 """Writes are whole or not at all, and refusals come early and in words."""
 
+import json
 import os
 import stat
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
+from onnx import helper, numpy_helper
+from support_cli import names, run_python, tiny_file, trained_tiny, write_model
 
 from doconv_convert.artifacts.files import atomic_write, check_writable, publish_data, remove_stale_data
 from doconv_convert.errors import DoconvError
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def test_success_replaces_the_target_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -118,3 +119,49 @@ def test_published_data_is_named_by_its_content_and_stale_data_goes(tmp_path: Pa
     remove_stale_data(target, keep=name)
     assert names(tmp_path) == sorted([*kept, name])
     assert (tmp_path / name).read_bytes() == b"weights"
+
+
+LIMITED = """
+import json, resource, sys
+from typer.testing import CliRunner
+from doconv_convert.artifacts import onnx_file
+from doconv_convert.artifacts.files import atomic_write
+from doconv_convert.cli.app import app
+from doconv_convert.errors import DoconvError
+
+out, source, finished, *commands = sys.argv[1:]
+import doconv_convert.check.release
+resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+said = []
+for command in commands:
+    result = CliRunner().invoke(app, command.split("|"))
+    said.append([result.exit_code, result.stderr])
+try:
+    onnx_file.install_model(onnx_file.Path(finished), onnx_file.Path(out) / "a.onnx")
+except DoconvError as error:
+    said.append([1, "error: " + str(error)])
+print(json.dumps(said))
+"""
+
+
+def test_a_file_size_limit_in_mid_write_leaves_the_old_file(tmp_path: Path) -> None:
+    """Python ignores the signal, so that the write fails with an error: in words, and without leftovers."""
+    source, out = f"{tiny_file(tmp_path)}:tiny", tmp_path / "out"
+    out.mkdir()
+    for name in ("a.safetensors", "b.safetensors", "a.onnx"):
+        (out / name).write_bytes(b"old")
+    write_model(trained_tiny(tmp_path), tmp_path / "a.pth")
+    model = helper.make_model(helper.make_graph([], "g", [], [], [numpy_helper.from_array(np.ones(9000), "w")]))
+    onnx.save(model, tmp_path / "m.onnx")
+    commands = [
+        f"to-doconv|{source}|-o|{out}/a.safetensors",
+        f"fold|{tmp_path}/a.pth|--model|{source}|-o|{out}/b.safetensors",
+    ]
+    said = json.loads(run_python(LIMITED, out, source, tmp_path / "m.onnx", *commands))
+    for (code, error), target in zip(said, ("a.safetensors", "b.safetensors", "a.onnx"), strict=True):
+        assert code == 1
+        assert error.startswith(f"error: cannot write '{out / target}': ")
+        assert "File too large" in error
+        assert "report it" not in error
+        assert (out / target).read_bytes() == b"old"
+    assert names(out) == ["a.onnx", "a.safetensors", "b.safetensors"]

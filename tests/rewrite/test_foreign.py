@@ -1,6 +1,7 @@
 """Other people's layers, folded by what they compute and not by what their parameters are called."""
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -78,6 +79,44 @@ class Brand(nn.Module):
         return F.conv2d(x, self.brand * self.dropout_gain)
 
 
+class ReadsShapes(Foreign):
+    """The channels come from the input's shape, the kernel's dtype from the input's."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = self.kernel().reshape(self.c_out, x.shape[1] // self.groups, self.size, -1).to(x.dtype)
+        if x.shape[1] != self.c_in or x.dim() != 4:
+            raise ValueError("wrong input")
+        return F.conv2d(x, kernel, self.bias, padding=1)
+
+
+class PadsByLayer(Foreign):
+    """The padding is a layer of torch's own before the convolution."""
+
+    def __init__(self, pad: nn.Module) -> None:
+        super().__init__(3, 4)
+        self.pad = pad
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(self.pad(x), self.kernel(), self.bias)
+
+
+class BranchesInTraining(Foreign):
+    """A kernel that is dropped in training, and a factor in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 4)
+        self.register_buffer("scale", torch.full((4, 1, 1, 1), 1.25))
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = self.kernel() * self.scale
+        if self.training:
+            x, kernel = x + torch.randn_like(x), F.dropout(kernel)
+        return F.conv2d(x, kernel, self.bias, padding=1)
+
+
 class Row(nn.Module):
     """1-D, strided and dilated, the kernel's names and formula its own."""
 
@@ -112,6 +151,10 @@ FOLDED = {
     "gated": lambda: Gated(nn.Sigmoid()),
     "dropped in training only": lambda: Gated(nn.Dropout()),
     "names": Brand,
+    "shape reads": ReadsShapes,
+    "zeros by a layer": lambda: PadsByLayer(nn.ZeroPad2d(1)),
+    "reflection by a layer": lambda: PadsByLayer(nn.ReflectionPad2d(1)),
+    "a training branch and a buffer": BranchesInTraining,
     "1-D": Row,
 }
 
@@ -194,6 +237,24 @@ class BranchesOnSize(Foreign):
         return F.conv2d(x, self.kernel(), self.bias)
 
 
+class SamePadding(Foreign):
+    """Pads that make the output as large as the input, as hand-written copies of TensorFlow's do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        needed = [max((math.ceil(n / 2) - 1) * 2 + self.size - n, 0) for n in x.shape[-2:]]
+        if any(needed):
+            x = F.pad(x, (needed[1] // 2, needed[1] - needed[1] // 2, needed[0] // 2, needed[0] - needed[0] // 2))
+        return F.conv2d(x, self.kernel(), self.bias, 2)
+
+
+class Remembers(Foreign):
+    """Its trace is a plain convolution, its forward is not: it looks at the values of its input outside of torch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bright = 1.0 if isinstance(x, torch.fx.Proxy) else 1.0 + float(x.detach().numpy().mean() > -9)
+        return F.conv2d(x, self.kernel() * bright, self.bias)
+
+
 class UnequalPads(Foreign):
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(F.pad(x, (0, 1)), self.kernel(), self.bias)
@@ -225,7 +286,9 @@ DECLINED = {
     Random: "its kernel is drawn at random",
     Noise: "its kernel is drawn at random",
     PadsFromSize: "its pads are computed from the input's size",
-    BranchesOnSize: "its forward cannot be traced",
+    BranchesOnSize: "its path or its pads are computed from the input's size",
+    SamePadding: "its path or its pads are computed from the input's size",
+    Remembers: "its output is not the convolution's",
     UnequalPads: "its pads differ on the two sides",
     ValuePad: "it pads with 1.0",
     Activated: "it does more than convolve: its output is not the convolution's",
