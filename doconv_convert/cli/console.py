@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -76,6 +76,19 @@ class Output:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             typer.echo(text, err=self.as_json)
+
+    @contextmanager
+    def counting(self, doing: str, total: int) -> Iterator[Callable[[], None]]:
+        """A bar with the time left, on a terminal; what it yields is called once a finished part."""
+        if self.quiet or not self.terminal or not total:
+            yield lambda: None
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            task = bar.add_task(doing, total=total)
+            yield lambda: bar.advance(task)
 
     def problem(self, text: str) -> None:
         """Say what a check found; GitHub shows it beside the file."""

@@ -52,12 +52,14 @@ def rehearse(
             "input_shapes": input_shape or [],
         }
         todo = [text for text in wanted if text not in known]
-        for index, result in enumerate(_results(todo, settings, jobs), 1):
-            known[result["source"]] = result
-            if resume is not None:
-                with resume.open("a") as file:
-                    file.write(json.dumps(result) + "\n")
-            _show(shown, result, f"{index}/{len(todo)}")
+        with shown.counting("rehearsing", len(todo)) as advance:
+            for index, result in enumerate(_results(todo, settings, jobs), 1):
+                known[result["source"]] = result
+                if resume is not None:
+                    with resume.open("a") as file:
+                        file.write(json.dumps(result) + "\n")
+                _show(shown, result, f"{index}/{len(todo)}")
+                advance()
         results = [known[text] for text in wanted]
         states = [result["status"] for result in results]
         unexportable = states.count(CANNOT_EXPORT)
