@@ -175,7 +175,9 @@ def _lost(state: dict[str, Any], key: str, *parts: str) -> dict[str, Any]:
 # What each damage to a foreign state dict does with a drawn key and number.
 STATES: dict[str, States] = {
     "another shape": lambda s, k, n: _with(s, k, s[k][..., :-1] if s[k].dim() and n % 2 else s[k].unsqueeze(0)),
-    "transposed": lambda s, k, n: _with(s, k, s[k].transpose(0, -1).contiguous() if s[k].dim() > 1 else s[k][:0]),
+    "transposed": lambda s, k, n: _with(
+        s, k, s[k].transpose(0, -1).contiguous() if s[k].dim() > 1 else s[k].reshape(-1)[:0]
+    ),
     "NaN": lambda s, k, n: _with(s, k, s[k].double() * float("nan")),
     "infinite": lambda s, k, n: _with(s, k, s[k].double() + float("inf")),
     "integers": lambda s, k, n: _with(s, k, s[k].long()),

@@ -157,7 +157,8 @@ def tell(pipe: int, stage: str, out: Path) -> None:
         time.sleep(60)
 
     def replace(source: Any, target: Any) -> None:
-        data, here = str(target).endswith(".data"), Path(target).parent == out
+        # onnx_ir renames temporary files of its own, onto ours
+        data, here = str(target).endswith(".data"), Path(target).parent == out and Path(target).name.startswith("out.")
         if here and stage == ("before the data's rename" if data else "before the rename"):
             told()
         real_replace(source, target)

@@ -114,7 +114,8 @@ def trained_model(name: str, original: nn.Module, inputs: Inputs, seed: int) -> 
 
 def exported(source: Source, trained: nn.Module, inputs: Inputs, folder: Path, seed: int) -> Case:
     """Both exports, in this process, and torch's side."""
-    folded = fold_in_place(copy_model(trained), check_first=False).model.eval()
+    fold = fold_in_place(copy_model(trained), check_first=False)
+    folded = fold.model.eval()
     plain = build(source, seed=seed + 1).eval()
     plain.load_state_dict(folded.state_dict(), strict=True)
     candidate, baseline = folder / "candidate.onnx", folder / "baseline.onnx"
@@ -122,7 +123,7 @@ def exported(source: Source, trained: nn.Module, inputs: Inputs, folder: Path, s
     export_onnx(plain, inputs.arguments(inputs.export_batch), baseline)
     batch = inputs.proof_batch if report.dynamic_batch else inputs.export_batch
     side = torch_side(trained, folded, inputs.arguments(batch), batch)
-    return Case(trained, folded, candidate, baseline, side, fold_status(trained), inputs)
+    return Case(trained, folded, candidate, baseline, side, fold_status(trained, fold), inputs)
 
 
 def real_mobilenet(model: nn.Module) -> Inputs:

@@ -167,7 +167,8 @@ def plain_tensors(units: Sequence[Unit], model: nn.Module, path: str) -> dict[st
                 f"'{path}': the DO-Conv layer '{unit.name}' has {unit.groups} groups by its shapes, the model's "
                 f"{groups}; name the architecture it was trained with (--model, --model-args)."
             )
-        made |= folded_tensors(unit, plain.shape[2:])
+        # a kernel that was folded already has its own height and width: another order is another shape
+        made |= folded_tensors(unit, plain.shape[2:] if unit.d is not None or unit.positions == 1 else unit.w.shape[2:])
     return made
 
 

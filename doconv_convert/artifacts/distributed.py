@@ -235,7 +235,7 @@ def _read_piece(folder: Path, key: str, place: _Place) -> Tensor:
             f"'{folder}': '{name}' ends after {held} bytes, expected at least {offset + length} for '{key}'; it is "
             "incomplete: copy or save it again."
         )
-    piece = load_tensors(content, f"{folder}: '{key}' in '{name}'")
+    piece = load_tensors(content, f"{folder}': '{key}' in '{name}")
     if not isinstance(piece, Tensor):
         raise DoconvError(f"'{folder}': '{key}' in '{name}' is a {type(piece).__name__}, expected a tensor.")
     return piece

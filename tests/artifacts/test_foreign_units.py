@@ -251,6 +251,13 @@ def test_a_unit_without_its_convolution_is_named(tmp_path: Path, model: nn.Modul
         load(tmp_path / "a.pth", model=model)
 
 
+def test_a_folded_kernel_is_not_turned(tmp_path: Path) -> None:
+    torch.save({"0.W": torch.ones(4, 3, 1, 5), "0.bias": torch.ones(4)}, tmp_path / "a.pth")
+    load(tmp_path / "a.pth", model=nn.Sequential(nn.Conv2d(3, 4, (1, 5))))
+    with pytest.raises(DoconvError, match=r"'0.weight' got \(4, 3, 1, 5\), expected \(4, 3, 5, 1\)"):
+        load(tmp_path / "a.pth", model=nn.Sequential(nn.Conv2d(3, 4, (5, 1))))
+
+
 def test_two_compositions_that_disagree_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = seeded(lambda: Authors(4, 6, groups=2))
     folded_authors_kernel("a", layer.W, layer.D, layer.d_diag, None)

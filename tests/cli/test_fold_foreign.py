@@ -103,7 +103,10 @@ def normed():
 
 @pytest.mark.parametrize(
     ("factory", "options", "folded"),
-    [("gated", [], ["first", "head"]), ("normed", ["--constant-kernels"], ["head"])],
+    [
+        ("gated", [], ["first", "head"]),
+        pytest.param("normed", ["--constant-kernels"], ["head"], marks=pytest.mark.zoo),
+    ],
 )
 def test_a_class_at_hand_is_folded_by_graph(
     tmp_path: Path, factory: str, options: list[str], folded: list[str]
