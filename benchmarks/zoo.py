@@ -105,7 +105,7 @@ def compact(result: dict[str, Any]) -> dict[str, Any]:
         "states": {step["name"]: step["state"] for step in result["steps"]},
         "kernels": len(proof.get("reach", {})),
         "least_reach": _short(min(reach, default=None)),
-        "decides": list(proof.get("decides", [])),
+        "flat": proof.get("flat", {}),
         "worst": _short(max(ratios, default=None)),
         "dynamic_batch": result.get("dynamic_batch"),
         "detail": "" if result["status"] == "passed" else last["detail"][:300],

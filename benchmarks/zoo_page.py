@@ -59,9 +59,7 @@ def _rehearsals(library: str, data: Path, which: str = "every name") -> list[str
         ]
         lines.append(_line(cells))
     notes = [f"- {row['source']}: {row['status']}: {row['detail']}" for row in first if row["detail"]]
-    notes += [
-        f"- {row['source']}: only decides what is shown: {', '.join(row['decides'])}" for row in first if row["decides"]
-    ]
+    notes += [f"- {row['source']}: `{name}`: {why}" for row in first for name, why in row["flat"].items()]
     return [*lines, "", *notes, *([""] if notes else [])]
 
 

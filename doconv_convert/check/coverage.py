@@ -17,8 +17,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from doconv_convert.check.outputs import SEEN
+
 RELATIVE_CHANGE = 1e-3
 TRIES = 3
+DECIDES, UNUSED = "it only decides what is shown", "no output depends on it"
 
 
 Reach = Mapping[str, float | None]
@@ -89,6 +92,15 @@ def least_perturbation(change: Callable[[int], float | None]) -> float | None:
             return None
         least = min(least, moved)
     return least
+
+
+def why_flat(change: Callable[[int], float | None]) -> str | None:
+    """What changes of a kernel's own size tell of one whose gradient is cut or zero: DECIDES where one of them shows,
+    UNUSED where none moves anything, None where they move the outputs too little."""
+    moved = [change(seed) for seed in range(TRIES)]
+    if all(one is None for one in moved):
+        return UNUSED
+    return DECIDES if any(one is not None and one > SEEN for one in moved) else None
 
 
 def kernels_read(run: Callable[[], object], kernels: Mapping[str, Tensor]) -> set[str]:

@@ -4,6 +4,7 @@ Nothing passes their score thresholds at the start, and scores that are nearly t
 a rehearsal builds them with thresholds of 0 and 20 detections, and draws their last layers anew, scaled so
 that class logits have a standard deviation of 1.5 and box deltas one of 0.5. SSD has a head a level: each is
 scaled so that its share of the detections (60 then) comes from it, and deltas, which count a tenth there, to 3.
+RetinaNet and FCOS have one head for five levels, and show the best 12 of each.
 Images keep the size they are given as: enlarged to 800 pixels they are so smooth that batch norms calibrated on
 them amplify rounding (Faster R-CNN MobileNet: fp32 off by 8e-5 of the scores, at 320 pixels by 3e-6).
 """
@@ -39,6 +40,8 @@ def rehearsal_source(source: Source) -> Source:
     prefix, levels = "box_" if "rcnn" in source.name else "", "ssd" in source.name
     count = LEVEL_DETECTIONS if levels else DETECTIONS
     shown: dict[str, Any] = {f"{prefix}score_thresh": 0.0, f"{prefix}detections_per_img": count}
+    if source.name.startswith(("retinanet", "fcos")):  # one head for all levels: the best few of each, all shown
+        shown |= {"topk_candidates": LEVEL_DETECTIONS // 5, "detections_per_img": LEVEL_DETECTIONS}
     if not levels:
         shown |= {"min_size": DETECTION_SIZE, "max_size": 2 * DETECTION_SIZE}
     return Source(source.text, {**shown, **source.args})

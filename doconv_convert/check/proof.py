@@ -56,7 +56,7 @@ class Proof:
     macs: int | None = None
     outputs: list[OutputCheck] = field(default_factory=list)
     reach: Mapping[str, float | None] = field(default_factory=dict)
-    decides: Sequence[str] = ()
+    flat: Mapping[str, str] = field(default_factory=dict)
     count: MacCount | None = None
 
     @property
@@ -83,8 +83,8 @@ class TorchSide:
     """What torch says about the inputs: float64 outputs of the trained model, fp32 outputs of the plain one,
     the batch, and per kernel how far a change of 1e-3 would move them (in units of their bounds).
     `detections` are the outputs that belong together (`detection_groups`); `alone` runs the first n samples in
-    float64, by themselves. `decides` are unseen kernels behind a cut gradient of which a change of their own size
-    shows: they only decide which proposals are kept, and a change of 1e-3 turned no decision over."""
+    float64, by themselves. `flat` are unseen kernels whose gradient is cut or zero, with what changes of their
+    own size tell of them (`coverage.why_flat`)."""
 
     inputs: Sequence[Array]
     truth: Sequence[Array]
@@ -93,7 +93,7 @@ class TorchSide:
     reach: Mapping[str, float | None]
     detections: Sequence[Mapping[str, int]] = ()
     alone: Callable[[int], Sequence[Array]] | None = None
-    decides: frozenset[str] = frozenset()
+    flat: Mapping[str, str] = field(default_factory=dict)
 
 
 def without_nan(value: Any) -> Any:
@@ -199,7 +199,7 @@ def check_coverage(side: TorchSide, graph_state: State, fold_state: State, minim
 
 
 def _cause(side: TorchSide, name: str) -> str:
-    return ": it only decides what is shown" if name in side.decides else ""
+    return f": {side.flat[name]}" if name in side.flat else ""
 
 
 def check_resized(candidate: Path, side: TorchSide) -> Status:
@@ -232,7 +232,7 @@ def prove(
     proof.statuses.append(status)
     if resized is not None:
         proof.statuses.append(check_resized(candidate, resized))
-    proof.reach, proof.decides = side.reach, sorted(side.decides)
+    proof.reach, proof.flat = side.reach, side.flat
     proof.statuses.append(check_coverage(side, proof.state("graph"), fold.state, min_coverage))
     return proof
 

@@ -260,12 +260,12 @@ def _verdict(proof: Proof | None) -> str:
         raise DoconvError(" / ".join(failed))
     runs = {name: reach for name, reach in proof.reach.items() if reach is not None}
     unseen = [name for name, reach in runs.items() if not reach > SEEN]
-    blind = [f"'{name}' ({runs[name]:.2g})" for name in unseen if name not in proof.decides]
+    blind = [f"'{name}' ({runs[name]:.2g})" for name in unseen if name not in proof.flat]
     if blind:
         raise DoconvError(f"{len(blind)} kernels would not show in the outputs: {', '.join(blind[:3])}")
     told = f"proven; {len(runs) - len(unseen)} of {len(proof.reach)} kernels seen"
     if unseen:
-        told += f"; only decides what is shown: {', '.join(unseen)}"
+        told += "; " + "; ".join(f"'{name}': {proof.flat[name]}" for name in unseen)
     if len(runs) < len(proof.reach):
         told += f"; {len(proof.reach) - len(runs)} only run in training"
     return told

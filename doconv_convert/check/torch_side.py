@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from doconv_convert.artifacts.inputs import InputSpec, forward_names
 from doconv_convert.artifacts.models import Inputs
 from doconv_convert.artifacts.recipe import recipe_sites
-from doconv_convert.check.coverage import kernels_read, least_perturbation, perturbation, sensitivity
+from doconv_convert.check.coverage import kernels_read, least_perturbation, perturbation, sensitivity, why_flat
 from doconv_convert.check.detections import detection_groups, in_order_of
 from doconv_convert.check.device import full_precision, to_device
 from doconv_convert.check.exact import output_tensors, run_float64, run_inputs
@@ -159,18 +159,16 @@ def _with_coverage(trained: nn.Module, folded: nn.Module, inputs: Any, samples: 
         return [torch.from_numpy(outputs[index]) for index in bounds]
 
     reach = dict(sensitivity([runs.plain[index] for index in bounds], list(bounds.values()), kernels))
-    cut = {name for name in kernels if reach[name] is None}
+    flat = [name for name in kernels if not reach[name]]  # a gradient that is cut or zero shows nothing
     before = [torch.from_numpy(side.plain[index]) for index in bounds]
     moved_by = partial(perturbation, compared, before, list(bounds.values()))
-    for name, kernel in kernels.items():
-        if not reach[name]:  # a gradient that is cut shows nothing about the kernel
-            reach[name] = least_perturbation(partial(moved_by, kernel))
+    reach |= {name: least_perturbation(partial(moved_by, kernels[name])) for name in flat}
     unmoved = {name: kernel for name, kernel in kernels.items() if reach[name] is None}
     if unmoved:
         reach |= dict.fromkeys(kernels_read(run, unmoved), 0.0)
-    hidden = [name for name in cut if (value := reach[name]) is not None and not value > SEEN]
-    decides = [name for name in hidden if (moved_by(kernels[name], change=1.0) or 0.0) > SEEN]
-    return replace(side, reach=reach, decides=frozenset(decides))
+    hidden = [name for name in flat if (value := reach[name]) is not None and not value > SEEN]
+    reasons = {name: why_flat(partial(moved_by, kernels[name], change=1.0)) for name in hidden}
+    return replace(side, reach=reach, flat={name: reason for name, reason in reasons.items() if reason is not None})
 
 
 def _float32_kernels(folded: nn.Module, trained: nn.Module) -> Mapping[str, Tensor]:

@@ -90,7 +90,7 @@ def test_a_faint_branch_is_blind_though_its_gradient_is_not_zero(branches: Branc
     assert gradient.abs().max() > 0
     side = torch_side(branches, fold(branches), (x,), 3)
     assert seen_blind_unreached(side.reach) == (["main", "cut"], ["faint"], ["auxiliary"])
-    assert not side.decides
+    assert not side.flat
 
 
 def test_a_kernel_behind_a_cut_gradient_is_found_by_changing_it(branches: Branches) -> None:
@@ -165,7 +165,7 @@ def test_a_kernel_that_runs_without_effect_is_blind_not_unreached() -> None:
     side = torch_side(model, fold(model), (varied_images(3, 2, 8, 8),), 3)
     assert side.reach["unused"] == 0.0
     assert seen_blind_unreached(side.reach) == (["main"], ["unused"], ["auxiliary"])
-    assert not side.decides
+    assert side.flat == {"unused": "no output depends on it"}
 
 
 class Chooser(nn.Module):
@@ -186,7 +186,7 @@ def test_a_kernel_that_only_decides_is_named_as_such() -> None:
     model = Chooser().eval()
     side = torch_side(model, fold(model), (varied_images(3, 2, 8, 8),), 3)
     assert side.reach["score"] == 0.0
-    assert side.decides == {"score"}
+    assert side.flat == {"score": "it only decides what is shown"}
     status = check_coverage(side, "passed", "passed")
     assert status.findings == ("'score' moves them by 0 bounds: it only decides what is shown",)
     assert check_coverage(side, "failed", "passed").state == "failed"
