@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from onnx import numpy_helper
 from support import varied_images
-from support_cli import ROOT, names, run_cli, run_python, trained, write_model
+from support_cli import ROOT, ExportsHere, names, run_cli, run_python, trained, write_model
 
 import doconv_convert
 from doconv_convert.artifacts import export_child, onnx_file
@@ -81,7 +81,7 @@ def fold_here(folder: Path, checkpoint: str = "a", target: str = "m", verify: bo
     loaded = load_trained(folder / f"{checkpoint}.pth", source, Options())
     inputs = find_inputs(Opened(loaded.trained, source), None, None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export_child, "_run", lambda job, *_: export_child._export(job))
+        patch.setattr(export_child, "Child", ExportsHere)
         patch.setattr(releases, "_side_by_side", lambda _: False)
         patch.setattr(releases, "ThreadPoolExecutor", AtOnce)
         made = releases.release(loaded, inputs, onnx=folder / f"{target}.onnx", verify=verify, certify=True)

@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 from support import build_model, make_lively, sample_source, varied_images
-from support_cli import run_cli, run_python, trained_sample, write_sample
+from support_cli import ExportsHere, run_cli, run_python, trained_sample, write_sample
 
 from doconv_convert import fold
 from doconv_convert.artifacts import export_child
@@ -48,8 +48,7 @@ print("loaded", *sorted({"torch", "torchvision", "onnx", "onnxruntime", "onnxscr
 
 @pytest.fixture(autouse=True)
 def exports_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A child of its own costs seconds, and other tests have it."""
-    monkeypatch.setattr(export_child, "_run", lambda job, *_: export_child._export(job))
+    monkeypatch.setattr(export_child, "Child", ExportsHere)
 
 
 @pytest.fixture(scope="module")
