@@ -4,7 +4,8 @@ Nothing passes their score thresholds at the start, and scores that are nearly t
 a rehearsal builds them with thresholds of 0 and 20 detections, and draws their last layers anew, scaled so
 that class logits have a standard deviation of 1.5 and box deltas one of 0.5. SSD has a head a level: each is
 scaled so that its share of the detections (60 then) comes from it, and deltas, which count a tenth there, to 3.
-RetinaNet and FCOS have one head for five levels, and show the best 12 of each.
+RetinaNet and FCOS have one head for five levels, and show the best 12 of each; their scores are sigmoids, whose best
+of a hundred thousand would be saturated at 1.5: 0.4.
 Images keep the size they are given as: enlarged to 800 pixels they are so smooth that batch norms calibrated on
 them amplify rounding (Faster R-CNN MobileNet: fp32 off by 8e-5 of the scores, at 320 pixels by 3e-6).
 """
@@ -25,9 +26,10 @@ from doconv_convert.check.rescale import Factor, Rescale, rescaling, to_deviatio
 from doconv_convert.rewrite.measure import run_model
 from doconv_convert.rewrite.modes import in_eval
 
-LOGITS, DELTAS, LEVEL_DELTAS = 1.5, 0.5, 3.0
+LOGITS, SIGMOID_LOGITS, DELTAS, LEVEL_DELTAS = 1.5, 0.4, 0.5, 3.0
 DETECTIONS, LEVEL_DETECTIONS = 20, 60
-_SCORES = ("*cls_logits", "*cls_score", "*bbox_ctrness", "*mask_fcn_logits", "*kps_score_lowres")
+_SCORES = ("*cls_logits", "*cls_score", "*mask_fcn_logits", "*kps_score_lowres")
+_SIGMOID_SCORES = ("*classification_head.cls_logits", "*bbox_ctrness")
 _SCORE_LEVELS = "*classification_head.module_list.[0-9]"
 _DELTAS = ("*bbox_pred", "*bbox_reg")
 _DELTA_LEVELS = "*regression_head.module_list.[0-9]"
@@ -50,7 +52,8 @@ def rehearsal_source(source: Source) -> Source:
 def draw_heads(model: nn.Module, inputs: Any, generator: torch.Generator) -> None:
     """Draw the heads' last layers anew and scale each by what it gives at its first call of one forward."""
     levels = sum(fnmatchcase(name, _SCORE_LEVELS) for name, _ in model.named_modules())
-    factors: Mapping[str, Factor] = {
+    factors: Mapping[str, Factor] = {  # the first that fits counts
+        **dict.fromkeys(_SIGMOID_SCORES, to_deviation(SIGMOID_LOGITS)),
         **dict.fromkeys(_SCORES, to_deviation(LOGITS)),
         **dict.fromkeys(_DELTAS, to_deviation(DELTAS)),
         _SCORE_LEVELS: _to_show(_classes(model), LEVEL_DETECTIONS // max(1, levels)),

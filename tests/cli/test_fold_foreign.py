@@ -50,7 +50,7 @@ def fold_and_compare(folder: Path, foreign: nn.Module, source: str, x: Tensor, *
     assert result.exit_code == 0, result.stderr
     said: dict[str, Any] = json.loads(result.stdout)
     assert said["proven"] is True
-    assert names(out) == ["m.onnx", "plain.safetensors"]
+    assert names(out) == ["m.certificate.json", "m.onnx", "m.reference.npz", "plain.safetensors"]
     expected = run(foreign.double(), x.double())
     assert difference(outputs_of(out / "m.onnx", x), expected) < SAME
     plain = build(parse_source(source)).eval()
