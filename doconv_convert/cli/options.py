@@ -96,7 +96,7 @@ def write_report(report: Path | None, command: str, shown: Output) -> None:
         from doconv_convert.cli.report import write_report
 
         write_report(report, command, shown.document)
-        shown.say(f"wrote {report}")
+        shown.say(f"report: {report}")
 
 
 def parse_dims(texts: Sequence[str] | None) -> dict[str, int]:

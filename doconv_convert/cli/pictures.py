@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 HEIGHT = 100.0
 # Fewer bars than these would be slabs.
-_LEAST_SLOTS = 24
+_LEAST_SLOTS = 12
 # From so many bars on, the gaps between them would be finer than a pixel.
 _NO_GAPS = 200
 # The least bar that can be seen, in units.

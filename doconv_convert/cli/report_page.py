@@ -170,7 +170,7 @@ def _dry_run(document: Json) -> Page:
     unseen = [f"not looked into: '{path or plan['model']}'; give --input-shape" for path in plan["not_looked_into"]]
     return Page(
         "to-doconv",
-        plan["model"],
+        _source(document["source"]),
         facts=facts,
         notes=[*document["notes"], *unseen],
         pictures=_layer_pictures(rows),
@@ -201,7 +201,7 @@ def _checks(proof: Json) -> list[Check]:
 def _source(source: Json | None) -> str:
     if source is None:
         return "not named: folded by the file's keys"
-    return str(source["source"]) + (f" {json.dumps(source['args'])}" if source["args"] else "")
+    return str(source["source"]) + (f" {json.dumps(source['args'], ensure_ascii=False)}" if source["args"] else "")
 
 
 def _export_facts(export: Json) -> list[tuple[str, str]]:
@@ -225,11 +225,12 @@ def _tables(*tables: Table | None) -> list[Table]:
 
 
 _COSTS = (
-    ("macs", "Multiply-accumulates", "MACs of one sample. Folding changes none of them."),
+    ("macs", "Multiply-accumulates", "MACs of one sample. Folding changes none of them.", "MACs"),
     (
         "added_parameters",
         "Parameters added for training",
         "The numbers in D (and in the further slots of W). Gone after the fold.",
+        "parameters",
     ),
 )
 _MOVED = (
@@ -237,11 +238,13 @@ _MOVED = (
         "d_moved",
         "How far D moved from the identity",
         "‖D^ - [I|0]‖ / ‖[I|0]‖, Frobenius norms over all channels, the second √(C_in·K): 0 before the training.",
+        "",
     ),
     (
         "kernel_changed",
         "What D made of the kernel",
         "‖k - W‖ / ‖W‖: k is the kernel that runs, W the one that the same weights give with D at the identity.",
+        "",
     ),
 )
 
@@ -255,11 +258,11 @@ def _layer_pictures(rows: Sequence[Json]) -> list[Picture]:
     return pictures
 
 
-def _picture(table: str, key: str, title: str, text: str, rows: Sequence[Json]) -> Picture:
+def _picture(table: str, key: str, title: str, text: str, unit: str, rows: Sequence[Json]) -> Picture:
     values = [row.get(key) for row in rows]
     bars = linear_bars(values)
     largest = _extremes(rows, key, largest=True)
-    return Picture(table, key, title, text, bars, "0", short(bars.high), largest)
+    return Picture(table, key, title, text, bars, "0", f"{short(bars.high)} {unit}".strip(), largest)
 
 
 def _coverage(rows: Sequence[Json], reach: Sequence[float | None]) -> Picture:

@@ -48,7 +48,7 @@ def short(value: float) -> str:
 def _number(value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _text(value: Any) -> str:
@@ -146,7 +146,8 @@ def matrix(models: Sequence[Json]) -> tuple[Table, list[Row]]:
         ("macs", "MACs", True),
         ("added_parameters", "added parameters", True),
         ("seconds", "seconds", True),
-        ("detail", "detail", False),
+        ("exporter", "exporter", False),
+        ("detail", "what stopped it", False),
     ]
     rows = []
     for model, figures in zip(models, sums, strict=True):
@@ -160,10 +161,12 @@ def matrix(models: Sequence[Json]) -> tuple[Table, list[Row]]:
                 Cell(_number(figures["macs"])),
                 Cell(_number(figures["added_parameters"])),
                 Cell(f"{figures['seconds']:.1f}"),
+                Cell(_text(figures["exporter"])),
                 Cell(_text(figures["detail"])),
             ]
         )
-    return Table("models", "Models", columns, rows), sums
+    used = [index for index in range(len(columns)) if any(row[index].text != "-" for row in rows)]
+    return Table("models", "Models", [columns[i] for i in used], [[row[i] for i in used] for row in rows]), sums
 
 
 def _sums(model: Json) -> Row:
@@ -173,13 +176,15 @@ def _sums(model: Json) -> Row:
     reach = proof.get("reach", {})
     seen = sum(value is not None and value > SEEN for value in reach.values())
     stopped = [step["detail"] for step in model["steps"] if step["state"] != "passed"]
+    batch = "dynamic" if model["dynamic_batch"] else "static"
     return {
         "name": model["source"],
         "seen": f"{seen} of {len(reach)}" if reach else "-",
         "macs": proof.get("macs") or total(layers, "macs"),
         "added_parameters": total(layers, "added_parameters"),
         "seconds": sum(step["seconds"] for step in model["steps"]),
-        "detail": stopped[0] if stopped else (model["steps"][-1]["detail"] if model["steps"] else ""),
+        "exporter": model["exporter"] and f"{model['exporter']}, {batch} batch",
+        "detail": next(iter(stopped), None),
     }
 
 

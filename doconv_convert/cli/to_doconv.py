@@ -91,6 +91,7 @@ def to_doconv(
         expected = cost(planned, original, batch=batch, measured_batch=samples)
         notes = opened.notes if foreign is None else (*opened.notes, *foreign.told())
         shown.document = {
+            "source": opened.source.to_json(),
             "plan": {**planned.to_json(), "batch": samples},
             "cost": expected.to_json(),
             "notes": notes,

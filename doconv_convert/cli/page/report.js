@@ -32,7 +32,7 @@ for (const figure of document.querySelectorAll("figure")) {
   const column = heads.findIndex((head) => head.dataset.key === figure.dataset.key);
   const svg = figure.querySelector("svg");
   const mark = svg.querySelector(".mark");
-  const told = figure.querySelector(":scope > output");
+  const told = figure.querySelector("output");
   svg.addEventListener("pointermove", (event) => {
     const box = svg.getBoundingClientRect();
     const index = Math.floor(((event.clientX - box.left) / box.width) * Number(figure.dataset.slots));
