@@ -25,15 +25,14 @@ _PAGE = Path(__file__).with_name("page")
 
 def write_report(path: Path, command: str, document: Mapping[str, Any]) -> None:
     """Write the page, whole or not at all. Raises DoconvError where it cannot be written."""
-    # file names may hold bytes that are no UTF-8 (lone surrogates in Python)
-    content = render(command, document).encode("utf-8", "backslashreplace")
+    text = render(command, document)
     with atomic_write(path) as temporary:
-        temporary.write_bytes(content)
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def render(command: str, document: Mapping[str, Any]) -> str:
     """The page of a document that `command --json` prints; the same document gives the same text."""
-    page = page_of(command, json.loads(json.dumps(document, default=str)))
+    page = page_of(command, _visible(json.loads(json.dumps(document, default=str))))
     script, style = ((_PAGE / name).read_text(encoding="utf-8") for name in ("report.js", "report.css"))
     environment = Environment(
         loader=PackageLoader("doconv_convert.cli", "page"),
@@ -50,6 +49,18 @@ def render(command: str, document: Mapping[str, Any]) -> str:
         style_hash=_hash(style),
         version=__version__,
     )
+
+
+def _visible(value: Any) -> Any:
+    """The same document with every character that shows nothing, or turns what follows around, as an escape: control
+    and bidirectional characters, and the lone surrogates of file names that are no UTF-8."""
+    if isinstance(value, dict):
+        return {_visible(key): _visible(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_visible(one) for one in value]
+    if not isinstance(value, str) or value.isprintable():
+        return value
+    return "".join(one if one.isprintable() or one in "\n\t" else f"\\u{ord(one):04x}" for one in value)
 
 
 def _hash(text: str) -> str:

@@ -114,7 +114,7 @@ def _rehearse(document: Json) -> Page:
     counts = f"{passed} of {len(models)} models passed, {failed} failed"
     others = len(models) - passed - failed
     if others:
-        counts += f", {others} originals cannot be exported"
+        counts += f", {others} whose original cannot be exported"
     table, rows = matrix(models)
     pictures = [_picture("models", *one, rows) for one in _COSTS if any(row.get(one[0]) for row in rows)]
     return Page("rehearse", f"{len(models)} models", Check(counts, state, ""), pictures=pictures, tables=[table])
@@ -273,8 +273,8 @@ def _coverage(rows: Sequence[Json], reach: Sequence[float | None]) -> Picture:
     text = (
         f"How far a relative change of 1e-3 in a kernel would move the outputs, in units of their bounds, on a "
         f"logarithmic scale. Above the line at {SEEN} it would have shown: {seen} of "
-        f"{sum(value is not None for value in reach)} kernels. The others are proven by the per-site fold check and "
-        "equal initializer bytes."
+        f"{sum(value is not None for value in reach)} kernels. The others rest on the per-site fold check and equal "
+        "initializer bytes."
     )
     least = _extremes(rows, "reach", largest=False)
     return Picture("layers", "reach", "Coverage", text, bars, short(bars.low), short(bars.high), least)
