@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -31,6 +31,9 @@ from doconv_convert.check.outputs import (
 )
 from doconv_convert.errors import DoconvError
 
+if TYPE_CHECKING:
+    from doconv_convert.rewrite.trained import Layer
+
 State = Literal["passed", "failed", "not checked"]
 
 # Two fp32 implementations of one ONNX graph differ by up to 3e-5 of the scale in deep nets; 1024 epsilon is 1.2e-4.
@@ -49,7 +52,7 @@ class Status:
 
 @dataclass
 class Proof:
-    """All statuses of one file, with their figures."""
+    """All statuses of one file, with their figures; `layers`, the model's convolutions, where they were asked for."""
 
     file: str
     statuses: list[Status] = field(default_factory=list)
@@ -58,6 +61,7 @@ class Proof:
     reach: Mapping[str, float | None] = field(default_factory=dict)
     flat: Mapping[str, str] = field(default_factory=dict)
     count: MacCount | None = None
+    layers: Sequence[Layer] | None = None
 
     @property
     def failed(self) -> bool:
@@ -75,6 +79,8 @@ class Proof:
         """Every figure but the count node by node; NaN and infinity, which JSON does not have, are null."""
         figures: dict[str, Any] = without_nan(asdict(replace(self, count=None)))
         del figures["count"]
+        if self.layers is None:
+            del figures["layers"]
         return {**figures, "proven": self.proven, "failed": self.failed}
 
 

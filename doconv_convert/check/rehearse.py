@@ -33,6 +33,7 @@ from doconv_convert.rewrite.measure import run_model
 from doconv_convert.rewrite.modes import in_eval
 from doconv_convert.rewrite.plan import Plan, plan
 from doconv_convert.rewrite.sites import Options
+from doconv_convert.rewrite.trained import Layer, planned_layers
 
 CANNOT_EXPORT = "original cannot be exported"
 LIVELY_BATCH = 4
@@ -55,11 +56,12 @@ class Step:
 @dataclass
 class Rehearsal:
     """How one model fared. `counts` says how many convolutions were swapped, have no D, or were kept and why;
-    `exporter` and `dynamic_batch` what the export turned out to be."""
+    `layers` are those convolutions; `exporter` and `dynamic_batch` say what the export turned out to be."""
 
     source: str
     steps: list[Step] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
+    layers: list[Layer] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=dict)
     exporter: str | None = None
     dynamic_batch: bool | None = None
@@ -169,6 +171,7 @@ def _until_the_fold(
     with _step(rehearsal, "plan") as told:
         planned: Plan = plan(original, example)
         rehearsal.counts = planned.counts()
+        rehearsal.layers = planned_layers(planned.rows, inputs.export_batch)
         told(", ".join(f"{count} {what}" for what, count in rehearsal.counts.items()))
     with _step(rehearsal, "convert") as told:
         model = to_doconv(original, example_inputs=example, seed=seed)

@@ -39,6 +39,7 @@ from doconv_convert.rewrite.fold import FoldReport, fold_in_place
 from doconv_convert.rewrite.folding import FOLD_TOLERANCE
 from doconv_convert.rewrite.modes import in_eval
 from doconv_convert.rewrite.sites import Options
+from doconv_convert.rewrite.trained import Layer, trained_layers
 
 SIDE_BY_SIDE_BYTES = 2**30
 
@@ -67,13 +68,15 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Release:
-    """What `fold` made: the fold's report, the export's, the proof (None without ONNX), remarks, the certificate."""
+    """What `fold` made: the fold's report, the export's, the proof (None without ONNX), remarks, the certificate,
+    and the model's convolutions, where they were asked for."""
 
     fold: FoldReport
     export: ExportReport | None
     proof: Proof | None
     notes: tuple[str, ...]
     certificate: Path | None = None
+    layers: list[Layer] | None = None
 
 
 def load_trained(
@@ -107,11 +110,13 @@ def release(
     device: torch.device | None = None,
     min_coverage: float = 0.0,
     certify: bool = False,
+    layers: bool = False,
     waiting: Sequence[Child] = (),
     progress: Callable[[str], None] = lambda text: None,
 ) -> Release:
     """Fold, export and prove; `plain` and `onnx` are written only when no check failed, with `certify` and a proof
-    the certificate of `onnx` too. `waiting` children take the exports.
+    the certificate of `onnx` too. `layers` asks for the convolutions and how training moved them. `waiting` children
+    take the exports.
 
     Raises DoconvError: a fold that is not finite, an export that fails, a place that cannot be written.
     """
@@ -125,12 +130,13 @@ def release(
         folded = fold_loaded(loaded)
     status = fold_status(loaded.trained, folded)
     notes = _notes(loaded, folded)
+    moved = describe_layers(loaded.trained, folded, inputs) if layers else None
     # a network whose foreign layers became plain ones is no longer what its source draws
     plain_source = None if folded.by_graph else loaded.source
     if onnx is None or inputs is None:
         if plain is not None:
             save(folded.model, plain, source=plain_source)
-        return Release(folded, None, None, notes)
+        return Release(folded, None, None, notes, layers=moved)
     with _workspace(onnx) as workspace, _threads_beside(2 if verify else 1):
         state = workspace / "plain.safetensors"
         save(folded.model, state, source=plain_source)
@@ -166,7 +172,7 @@ def release(
             if plain is not None:
                 with atomic_write(plain) as temporary:
                     shutil.copyfile(state, temporary)
-    return Release(folded, reports[0], proof, notes, certificate)
+    return Release(folded, reports[0], proof, notes, certificate, moved)
 
 
 def torch_sides(
@@ -182,6 +188,14 @@ def torch_sides(
 def fold_loaded(loaded: Loaded) -> FoldReport:
     """Fold a copy of the trained model."""
     return fold_in_place(copy_model(loaded.trained), constant_kernels=loaded.constant_kernels, check_first=False)
+
+
+def describe_layers(trained: nn.Module, folded: FoldReport, inputs: Inputs | None) -> list[Layer]:
+    """Every convolution of the folded model, and how far training moved those with a D."""
+    if inputs is None:
+        return trained_layers(trained, folded.model)
+    example = inputs.arguments(inputs.export_batch, like=folded.model)
+    return trained_layers(trained, folded.model, example, inputs.export_batch)
 
 
 def fold_status(trained: nn.Module, folded: FoldReport) -> Status:

@@ -42,6 +42,7 @@ class Reference:
     ema: bool = False
     prefix: str = ""
     constant_kernels: bool = False
+    layers: bool = False  # tell how training moved each D, too (`Proof.layers`)
 
 
 def verify(
@@ -101,7 +102,7 @@ def _against_torch(candidate: Path, reference: Reference, progress: Callable[[st
     from doconv_convert.artifacts.selection import Selection
     from doconv_convert.artifacts.sources import parse_source
     from doconv_convert.check.device import find_device
-    from doconv_convert.check.release import fold_status, load_trained, torch_sides
+    from doconv_convert.check.release import describe_layers, fold_status, load_trained, torch_sides
     from doconv_convert.rewrite.convert import copy_model
     from doconv_convert.rewrite.fold import fold_in_place
     from doconv_convert.rewrite.modes import in_eval
@@ -123,6 +124,7 @@ def _against_torch(candidate: Path, reference: Reference, progress: Callable[[st
     progress("folding")
     report = fold_in_place(copy_model(opened.model), constant_kernels=reference.constant_kernels, check_first=False)
     folded = in_eval(report.model)
+    layers = describe_layers(opened.model, report, inputs) if reference.layers and has_weights else None
     with tempfile.TemporaryDirectory() as folder:
         progress("exporting the original")
         baseline = _export_baseline(
@@ -133,7 +135,9 @@ def _against_torch(candidate: Path, reference: Reference, progress: Callable[[st
         progress("running both")
         batch = inputs.proof_batch if _is_dynamic(baseline) else inputs.export_batch
         side, resized = torch_sides(opened.model, folded, inputs, batch, _flags(reference), device)
-        return prove(candidate, baseline, side, fold_status(opened.model, report), resized, reference.min_coverage)
+        proof = prove(candidate, baseline, side, fold_status(opened.model, report), resized, reference.min_coverage)
+        proof.layers = layers
+        return proof
 
 
 def _use_every_parameter(model: Any, inputs: Inputs) -> None:

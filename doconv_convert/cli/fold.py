@@ -46,6 +46,7 @@ def fold(
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the proof; never counts as proven.")] = False,
     device: o.Device = "cpu",
     min_coverage: o.MinCoverage = 0.0,
+    report: o.Report = None,
     form: o.As = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -62,6 +63,7 @@ def fold(
             raise UsageError("fold: name what to write: -o plain.safetensors, --onnx out.onnx, or both.")
         if out == onnx:
             raise UsageError(f"fold: -o and --onnx both name '{out}', expected two files.")
+        o.check_report(report, checkpoint, out, onnx)
         from doconv_convert.artifacts.fold_keys import fold_foreign_file
         from doconv_convert.artifacts.models import Opened, find_inputs
         from doconv_convert.artifacts.selection import Selection
@@ -76,6 +78,7 @@ def fold(
             by_keys = fold_foreign_file(checkpoint, selection, kernel or (), out)
             if by_keys is not None:
                 _show_by_keys(shown, by_keys, out)
+                o.write_report(report, "fold", shown)
                 return
         if kernel:
             raise UsageError("--kernel is for foreign layers folded without a model; with --model the model tells.")
@@ -103,6 +106,7 @@ def fold(
             device=where,
             min_coverage=min_coverage,
             certify=True,
+            layers=as_json or report is not None,
             waiting=waiting,
             progress=shown.step,
         )
@@ -119,7 +123,11 @@ def fold(
             "proven": proof is not None and proof.proven and not no_verify,
             "written": written,
             "certificate": None if made.certificate is None else str(made.certificate),
+            "layers": None if made.layers is None else [asdict(layer) for layer in made.layers],
         }
+        if made.certificate is not None:
+            written.append(str(made.certificate))
+        o.write_report(report, "fold", shown)
         if proof is None:
             shown.say(f"folded {len(shown.document['folded'])} kernels; wrote {out}")
             return
@@ -130,8 +138,6 @@ def fold(
         if proof.failed:
             shown.say("nothing was written: a check failed")
             check_failed()
-        if made.certificate is not None:
-            written.append(str(made.certificate))
         shown.say("wrote " + ", ".join(written))
 
 

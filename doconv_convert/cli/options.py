@@ -43,6 +43,10 @@ Dynamic = Annotated[
 ]
 Static = Annotated[bool, typer.Option("--static", help="A fixed batch of 2 instead of a dynamic one.")]
 
+Report = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="FILE.html", help="Also write a page for people: one file, no network."),
+]
 Ema = Annotated[bool, typer.Option("--ema", help="Take the averaged weights of the checkpoint.")]
 Prefix = Annotated[
     str, typer.Option("--prefix", metavar="P.", help="Take only the checkpoint's keys under P., without it.")
@@ -73,6 +77,26 @@ def chosen_format(form: Format | None, as_json: bool, file: object) -> tuple[boo
     if as_json and form not in (None, Format.json):
         raise typer.BadParameter(f"--json and --format {form.value} contradict each other.")
     return as_json or form is Format.json, GithubReport(str(file)) if form is Format.github else None
+
+
+def check_report(report: Path | None, *others: Path | None) -> None:
+    """Refuse, before the work, a report that cannot be written or would replace one of the command's `others`."""
+    if report is None:
+        return
+    from doconv_convert.artifacts.files import check_writable
+
+    if report.resolve() in [path.resolve() for path in others if path is not None]:
+        raise UsageError(f"--report names '{report}', another file of this command; expected a file of its own.")
+    check_writable(report)
+
+
+def write_report(report: Path | None, command: str, shown: Output) -> None:
+    """The page of the document so far, where one is asked for."""
+    if report is not None:
+        from doconv_convert.cli.report import write_report
+
+        write_report(report, command, shown.document)
+        shown.say(f"report: {report}")
 
 
 def parse_dims(texts: Sequence[str] | None) -> dict[str, int]:

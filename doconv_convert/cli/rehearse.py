@@ -34,12 +34,14 @@ def rehearse(
     model_args: o.ModelArgs = None,
     input_shape: o.InputShape = None,
     seed: o.Seed = 0,
+    report: o.Report = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
     """Rehearse conversion, fold, export and proof: a line a model, a status a step."""
     with output(as_json, quiet, debug) as shown:
+        o.check_report(report, resume)
         from doconv_convert.check.rehearse import CANNOT_EXPORT, expand
 
         wanted = expand(sources)
@@ -68,6 +70,7 @@ def rehearse(
             f"{len(states)} models: {states.count('passed')} passed, {unexportable} {CANNOT_EXPORT}, {failed} failed"
         )
         shown.document = {"models": results}
+        o.write_report(report, "rehearse", shown)
         if failed:
             check_failed()
         if unexportable and strict:

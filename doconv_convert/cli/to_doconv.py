@@ -42,6 +42,7 @@ def to_doconv(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan and what it costs.")] = False,
     batch: Annotated[int, typer.Option("--batch", min=1, metavar="N", help="The training batch of that cost.")] = 1,
     device: o.Device = "cpu",
+    report: o.Report = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
@@ -63,6 +64,7 @@ def to_doconv(
         from doconv_convert.rewrite.plan import plan
         from doconv_convert.rewrite.sites import Options
 
+        o.check_report(report, out)
         if out is not None and not dry_run:
             check_writable(out)
         where = find_device(device)
@@ -89,6 +91,7 @@ def to_doconv(
         expected = cost(planned, original, batch=batch, measured_batch=samples)
         notes = opened.notes if foreign is None else (*opened.notes, *foreign.told())
         shown.document = {
+            "source": opened.source.to_json(),
             "plan": {**planned.to_json(), "batch": samples},
             "cost": expected.to_json(),
             "notes": notes,
@@ -116,6 +119,7 @@ def to_doconv(
             _show_cost(shown, expected)
         if shown.document["written"]:
             shown.say(f"wrote {out}: computes {same}")
+        o.write_report(report, "to-doconv", shown)
 
 
 def _show(shown: Output, planned: Plan, samples: int) -> None:

@@ -45,6 +45,7 @@ def verify(
     constant_kernels: o.ConstantKernels = False,
     device: o.Device = "cpu",
     min_coverage: o.MinCoverage = 0.0,
+    report: o.Report = None,
     form: o.As = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -55,6 +56,7 @@ def verify(
         raise typer.BadParameter("say what to check against: --against or --certificate, one of them.")
     as_json, github = o.chosen_format(form, as_json, candidate)
     with output(as_json, quiet, debug, "verifying", github=github) as shown:
+        o.check_report(report, candidate, certificate, None if against is None else Path(against))
         if certificate is not None:
             if model is not None or weights is not None:
                 raise UsageError(
@@ -62,7 +64,7 @@ def verify(
                 )
             from doconv_convert.check.recheck import verify_certificate
 
-            _show(shown, verify_certificate(candidate, certificate, input_file))
+            _show(shown, verify_certificate(candidate, certificate, input_file), report)
             return
         from doconv_convert.check.verify import Reference, verify_file
 
@@ -85,13 +87,15 @@ def verify(
             ema=ema,
             prefix=prefix,
             constant_kernels=constant_kernels,
+            layers=as_json or report is not None,
         )
         o.announce_code(shown, against, model)
-        _show(shown, verify_file(candidate, reference, shown.step))
+        _show(shown, verify_file(candidate, reference, shown.step), report)
 
 
-def _show(shown: Output, proof: Proof) -> None:
+def _show(shown: Output, proof: Proof, report: Path | None) -> None:
     shown.document = proof.to_json()
     shown.proof(proof)
+    o.write_report(report, "verify", shown)
     if proof.failed:
         check_failed()

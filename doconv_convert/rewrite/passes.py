@@ -144,8 +144,7 @@ def fold_kernels(model: nn.Module, check_first: bool = True) -> tuple[list[str],
 
     `check_first` composes every kernel once more up front, so that an error leaves the model untouched.
     """
-    graphs = [(path, m) for path, m in model.named_modules() if isinstance(m, fx.GraphModule)]
-    compositions = [_Composition(gm, path, node) for path, gm in graphs for node in composition_nodes(gm)]
+    compositions = _compositions(model)
     every = unique([*layer_factors(model), *(composition.factors for composition in compositions)])
     if check_first:
         for one in every:
@@ -158,6 +157,16 @@ def fold_kernels(model: nn.Module, check_first: bool = True) -> tuple[list[str],
         gm.graph.lint()
         gm.recompile()
     return [one.name for one in every], restored or bool(compositions)
+
+
+def kernel_factors(model: nn.Module) -> list[Factors]:
+    """The factors of every over-parameterized kernel of `model`, in layers and in graphs, each once."""
+    return unique([*layer_factors(model), *(composition.factors for composition in _compositions(model))])
+
+
+def _compositions(model: nn.Module) -> list[_Composition]:
+    graphs = [(path, m) for path, m in model.named_modules() if isinstance(m, fx.GraphModule)]
+    return [_Composition(gm, path, node) for path, gm in graphs for node in composition_nodes(gm)]
 
 
 class _Composition:
