@@ -241,7 +241,7 @@ def expected_fold(state: dict[str, Tensor]) -> dict[str, np.ndarray]:
         d = arrays.get(f"{owner}.D")
         if last == "W" and d is not None and identity is not None:
             made[f"{owner}.weight"] = _authors(value, d + identity).reshape(*value.shape[:2], 3, 3)
-        elif last == "W":
+        elif last == "W" and value.ndim > 2:  # with fewer it is some other layer's
             made[f"{owner}.weight"] = value.reshape(*value.shape[:2], *(value.shape[2:] if value.ndim == 4 else (1, 1)))
         elif last == "weight" and d is not None:
             full, slots = d + np.eye(*d.shape[1:]), value.reshape(*value.shape[:2], -1)

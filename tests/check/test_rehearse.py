@@ -90,6 +90,18 @@ def test_without_export_it_stops_after_the_fold() -> None:
     assert result.steps[-1].name == "fold"
 
 
+@pytest.mark.parametrize("options", [["--no-export"], pytest.param([], marks=pytest.mark.zoo)])
+def test_two_processes_give_what_one_does(options: list[str]) -> None:
+    sources = [f"{SAMPLES / name}.py:{name}" for name in ("functional", "tied", "grouped")]
+    results = []
+    for jobs in (1, 2):
+        shown = command(*sources, "--jobs", jobs, "--json", *options)
+        assert shown.exit_code == 0, shown.output
+        results.append([(m["source"], m["proven"], m["figures"]) for m in json.loads(shown.stdout)["models"]])
+    assert results[0] == results[1]
+    assert [proven for _, proven, _ in results[0]] == [not options] * 3
+
+
 def test_two_seeds_agree_on_every_status() -> None:
     runs = [rehearse(f"{SAMPLES / 'tied.py'}:tied", export=False, seed=seed) for seed in (0, 1)]
     assert [[step.state for step in run.steps] for run in runs] == [["passed"] * 5] * 2
