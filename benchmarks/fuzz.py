@@ -144,7 +144,9 @@ class Bench:
             shutil.rmtree(self.folder / "copy")
         else:
             state = damage.read_plainly(path)
-        expected = damage.expected_fold(state)
+        # torch fills this counter in, in strict loads too, where an old file lacks it
+        counters = {key: got[key].numpy() for key in got if key.endswith("num_batches_tracked") and not got[key].any()}
+        expected = counters | damage.expected_fold(state)
         if got.keys() != expected.keys():
             return f"wrote the keys {sorted(got)}, expected {sorted(expected)}"
         for key, value in expected.items():
