@@ -1,5 +1,51 @@
-"""Two test processes side by side: each keeps to one OpenMP thread, or they wait for each other, spinning."""
+"""What keeps two test processes side by side fast: one OpenMP thread each, and exporting children that stay."""
 
 import os
+from collections.abc import Iterator
+from typing import ClassVar
 
+import pytest
+
+from doconv_convert.artifacts import export_child
+
+# Before torch is imported: with more, the processes wait for each other, spinning.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+OwnChild = export_child.Child
+
+
+class PooledChild:
+    """In an exporting child's place: real children, kept for the next test, as the start of one costs seconds."""
+
+    reuse = False
+    idle: ClassVar[list[OwnChild]] = []
+
+    def __init__(self, *, reuse: bool = False) -> None:
+        self._child = self.idle.pop() if self.idle else OwnChild(reuse=True)
+        self._done = True
+
+    def export(self, job: export_child.ExportJob) -> object:
+        self._done = False
+        report = self._child.export(job)
+        self._done = True
+        return report
+
+    def close(self) -> None:
+        if not self._done:
+            self._child.close()  # in the middle of a job, or after one that failed
+        self.idle.append(self._child)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def pooled_children() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_child, "Child", PooledChild)
+        yield
+    for child in PooledChild.idle:
+        child.close()
+
+
+@pytest.fixture
+def own_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of the children themselves: a fresh process each."""
+    monkeypatch.setattr(export_child, "Child", OwnChild)

@@ -310,6 +310,7 @@ def test_a_finished_model_is_installed_as_it_is(
         assert (tmp_path / "work.onnx").read_bytes() == (folder / "net.onnx").read_bytes()
 
 
+@pytest.mark.usefixtures("own_children")
 def test_a_child_exports_the_same_bytes_as_this_process(source: Source, tmp_path: Path) -> None:
     jobs = [job(tmp_path, source, inputs(), path=tmp_path / f"child{i}.onnx", opset=20) for i in range(2)]
     reports = export_in_child(jobs, parallel=True)
@@ -346,6 +347,7 @@ def test_a_childs_usage_error_stays_one(source: Source, tmp_path: Path) -> None:
         export_in_child([job(tmp_path, source, inputs(), dynamic={"y": {0: "n"}})])
 
 
+@pytest.mark.usefixtures("own_children")
 def test_a_child_that_is_used_again_exports_what_a_fresh_one_does(
     net_file: Path, source: Source, tmp_path: Path
 ) -> None:
