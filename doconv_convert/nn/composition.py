@@ -64,13 +64,9 @@ def compose_kernel(weight: Tensor, d: Tensor, weight_extra: Tensor | None = None
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        slots = weight.flatten(2)
-        base = _by_input_channel(slots.to(dtype), groups)
-        factor = base
-        if weight_extra is not None:
-            factor = torch.cat([base, _by_input_channel(weight_extra.to(dtype), groups)], dim=1)
-        composed = torch.baddbmm(base, d.to(dtype), factor)
-        kernel = _by_output_channel(composed, groups).reshape(weight.shape).to(weight.dtype)
+        first = weight.flatten(2).to(dtype)
+        slots = first if weight_extra is None else torch.cat([first, weight_extra.to(dtype)], dim=2)
+        kernel = _plus_product(first, slots, d.to(dtype), groups).reshape(weight.shape).to(weight.dtype)
     return kernel.contiguous(memory_format=memory_format(weight))
 
 
@@ -180,19 +176,38 @@ def feature_macs(
     return batch * output_volume * per_position
 
 
-def _by_input_channel(w: Tensor, groups: int) -> Tensor:
-    """(C_out, C_in/g, S) -> (C_in, S, C_out/g): for each input channel, the outputs that read it."""
-    out_channels, per_group, slots = w.shape
-    # A matrix transpose, not a permutation of four dimensions: torch copies it faster, and where g = 1 it is a
-    # view that the matrix product reads as it is.
-    split = w.reshape(groups, out_channels // groups, per_group * slots)
-    return split.transpose(1, 2).reshape(groups * per_group, slots, out_channels // groups)
+def _channels_a_block(per_group: int, positions: int) -> int:
+    """How many input channels (a divisor of C_in/g) one matrix product of a composition takes.
+
+    A channel's own product has rows of K = 9 numbers, which fill neither a vector register nor a cache line.
+    Neighbours in memory share one, with a block-diagonal D, until a row has 16: more arithmetic, and half the
+    time at 512x512x3x3 (docs/benchmarks.md).
+    """
+    width = 1
+    while width * positions < 16 and per_group % (2 * width) == 0:
+        width *= 2
+    return width
 
 
-def _by_output_channel(k: Tensor, groups: int) -> Tensor:
-    """The inverse: (C_in, K, C_out/g) -> (C_out, C_in/g, K)."""
-    in_channels, positions, per_group = k.shape
-    shape = (groups * per_group, in_channels // groups, positions)
-    if groups == 1:  # torch has a fast copy for two dimensions only
-        return k.reshape(in_channels * positions, per_group).t().contiguous().view(shape)
-    return k.reshape(groups, shape[1] * positions, per_group).transpose(1, 2).reshape(shape)
+def _plus_product(first: Tensor, slots: Tensor, d: Tensor, groups: int) -> Tensor:
+    """first + D slots, (C_out, C_in/g, K) and (C_out, C_in/g, S) giving the numbers of the former in its order."""
+    out_channels, per_group, positions = first.shape
+    if out_channels == groups and per_group == 1:  # one vector a channel: torch has no fast product for those
+        return first + (d * slots).sum(2).unsqueeze(1)
+    width = _channels_a_block(per_group, positions)
+    shape = groups, out_channels // groups, per_group // width, -1
+    base = first.reshape(shape)
+    # One view for both where it can be: the gradients that meet there are summed without a copy.
+    rows = base if slots is first else slots.reshape(shape)
+    matrices = rows.transpose(1, 2).flatten(0, 1)
+    product = torch.bmm(matrices, _block_diagonal(d, width).transpose(1, 2))
+    return base + product.view(groups, -1, *product.shape[1:]).transpose(1, 2)
+
+
+def _block_diagonal(d: Tensor, width: int) -> Tensor:
+    """(C_in, K, S) -> (C_in/width, width*K, width*S), with a channel's D in each diagonal block."""
+    if width == 1:
+        return d
+    _, positions, slots = d.shape
+    blocks = d.reshape(-1, width, positions, slots).permute(0, 2, 3, 1)
+    return torch.diag_embed(blocks, dim1=1, dim2=3).reshape(-1, width * positions, width * slots)

@@ -1,0 +1,79 @@
+"""What DO-Conv costs in training: a step of ours and of a textbook layer, over a plain convolution's.
+
+    python benchmarks/training_step.py [--only resnet18] [--rounds 15] [--json docs/data/training_step.json]
+
+Each step is forward, loss, backward and SGD with momentum, on random images; the models take turns in one
+process. RetinaNet and RAFT, whose heads and update block run many times in one forward, have one more arm, inside `cached`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from interleaved import Arms, machine, ratios, rounds_of
+from textbook import to_textbook
+from workloads import Trainer, Workload
+
+from doconv_convert import cached, to_doconv
+
+WORKLOADS = [
+    Workload("resnet18", 16, 224),
+    Workload("resnet18", 8, 224),
+    Workload("resnet18", 32, 64),
+    Workload("resnet50", 8, 224),
+    Workload("resnet50", 32, 64),
+    Workload("resnext50_32x4d", 8, 224),
+    Workload("resnext50_32x4d", 32, 64),
+    Workload("mobilenet_v2", 8, 224),
+    Workload("mobilenet_v2", 32, 64),
+    Workload("convnext_tiny", 8, 224),
+    Workload("convnext_tiny", 32, 64),
+    Workload("retinanet_resnet50_fpn", 1, 384),
+    Workload("retinanet_resnet50_fpn", 1, 192),
+    Workload("raft_small", 1, 256),
+    Workload("raft_small", 1, 128),
+]
+
+
+def measure(workload: Workload, rounds: int) -> dict[str, Any]:
+    plain, loss = workload.build(), workload.loss()
+    trainers = {
+        "plain": Trainer(plain, loss),
+        "ours": Trainer(to_doconv(plain), loss),
+        "textbook": Trainer(to_textbook(plain), loss),
+    }
+    if workload.model.startswith(("retinanet", "raft")):
+        trainers["cached"] = Trainer(to_doconv(plain), loss, cached)
+    arms: Arms = {name: trainer.step for name, trainer in trainers.items()}
+    seconds = rounds_of(arms, rounds)
+    over = {name: ratios(seconds, name, "plain") for name in arms if name != "plain"}
+    return {"workload": workload.title, "seconds": sorted(seconds["plain"])[rounds // 2], "over_plain": over}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="workloads whose title has this text")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rows = []
+    for workload in WORKLOADS:
+        if options.only not in workload.title:
+            continue
+        row = measure(workload, options.rounds)
+        rows.append(row)
+        told = "   ".join(
+            f"{n} {r['median']:.3f} ({r['low']:.3f}-{r['high']:.3f})" for n, r in row["over_plain"].items()
+        )
+        print(f"{row['workload']:42s} {row['seconds']:6.2f} s   {told}", flush=True)
+        if options.json:
+            options.json.write_text(json.dumps({**machine(), "rounds": options.rounds, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    torch.set_flush_denormal(True)  # gradients of random targets get tiny; their slow arithmetic is nobody's cost
+    main()
