@@ -2,9 +2,9 @@
 
     python benchmarks/training_memory.py [--json docs/data/training_memory.json]
 
-Each arm trains in a fresh process; the kernel's own record of its peak is reset before the third step. Allowed on top of
-the plain model: the added parameters, their gradients and their optimizer state (SGD with momentum: 3 tensors each), and
-one kernel per over-parameterized layer.
+Each arm trains in a fresh process; the kernel's own record of its peak is reset before the third step. Allowed on
+top of the plain model: the added parameters, their gradients and their optimizer state (SGD with momentum: 3 tensors
+each), and one kernel per over-parameterized layer.
 """
 
 from __future__ import annotations

@@ -5,19 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from doconv_convert.cli import options as o
 from doconv_convert.cli.console import Output, check_failed, output
 from doconv_convert.errors import DoconvError
-
-if TYPE_CHECKING:
-    from doconv_convert.artifacts.export_child import Child
-
-# Models a worker process rehearses before a fresh one takes over: torch gives back little memory.
-_MODELS_A_PROCESS = 8
 
 
 def rehearse(
@@ -86,38 +80,13 @@ def _results(todo: list[str], settings: dict[str, Any], jobs: int) -> Iterator[d
             for text in todo:
                 yield run(text, **settings, waiting=waiting).to_json()
         return
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from doconv_convert.cli.workers import rehearse_side_by_side
 
-    context = multiprocessing.get_context("spawn")  # never fork: OpenMP's threads do not survive it
-    with ProcessPoolExecutor(
-        jobs, context, _start_worker, (_children(settings), jobs), max_tasks_per_child=_MODELS_A_PROCESS
-    ) as pool:
-        for future in as_completed([pool.submit(_in_worker, text, settings) for text in todo]):
-            yield future.result()
+    yield from rehearse_side_by_side(todo, settings, jobs, _children(settings))
 
 
 def _children(settings: dict[str, Any]) -> int:
     return 2 if settings["export"] else 0
-
-
-# A worker process' own exporting processes, which live as long as it does.
-_waiting: list[Child] = []
-
-
-def _start_worker(children: int, workers: int) -> None:
-    import torch
-
-    from doconv_convert.artifacts.export_child import Child
-
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
-    _waiting.extend(Child(reuse=True) for _ in range(children))
-
-
-def _in_worker(text: str, settings: dict[str, Any]) -> dict[str, Any]:
-    from doconv_convert.check.rehearse import rehearse as run
-
-    return run(text, **settings, waiting=_waiting).to_json()
 
 
 def _read(resume: Path | None) -> dict[str, dict[str, Any]]:

@@ -13,6 +13,7 @@ from doconv_convert import DoconvError, UsageError, to_doconv
 from doconv_convert.check import rehearse as rehearsing
 from doconv_convert.check.lively import LIVELY, make_lively, require_lively, sample_spread
 from doconv_convert.check.rehearse import CANNOT_EXPORT, expand, rehearse
+from doconv_convert.cli import workers
 from doconv_convert.cli.app import app
 from doconv_convert.nn.layers import fold_kernel
 from doconv_convert.rewrite import folding
@@ -100,6 +101,32 @@ def test_two_processes_give_what_one_does(options: list[str]) -> None:
         results.append([(m["source"], m["proven"], m["figures"]) for m in json.loads(shown.stdout)["models"]])
     assert results[0] == results[1]
     assert [proven for _, proven, _ in results[0]] == [not options] * 3
+
+
+DEADLY = """
+import os, signal
+from torch import nn
+
+INPUT_SHAPE = (1, 2, 8, 8)
+first = second = third = lambda: nn.Conv2d(2, 2, 3)
+
+
+def deadly():
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_processes_are_replaced_and_a_killed_one_is_its_models_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "MODELS_A_PROCESS", 1)
+    (tmp_path / "nets.py").write_text(DEADLY)
+    names = ["first", "deadly", "second", "third"]
+    shown = command(*[f"{tmp_path}/nets.py:{name}" for name in names], "--jobs", 2, "--no-export", "--json")
+    assert shown.exit_code == 3, shown.output
+    status = {m["source"].rpartition(":")[2]: m["status"] for m in json.loads(shown.stdout)["models"]}
+    assert status == {name: "process failed" if name == "deadly" else "passed" for name in names}
+    assert "its process was killed; out of memory?" in shown.stdout
 
 
 def test_two_seeds_agree_on_every_status() -> None:
