@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torchvision
+from interleaved import machine
 
 from doconv_convert import save, to_doconv
 
@@ -51,9 +52,8 @@ def main() -> None:
         pairs = [(seconds(proven), seconds(bare)) for _ in range(options.pairs)]
     ratios = [a / b for a, b in pairs]
     result = {
+        **machine(),
         "model": options.model,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
         "pairs": pairs,
         "ratio_median": statistics.median(ratios),
         "ratio_min": min(ratios),

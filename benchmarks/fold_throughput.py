@@ -1,6 +1,6 @@
 """How fast does a fold go, against a copy of the same tensors in memory?
 
-    python benchmarks/fold_throughput.py [--rounds 9] [--json docs/data/fold_throughput.json]
+    python benchmarks/fold_throughput.py [--rounds 9] [--json docs/data/benchmarks/fold_throughput.json]
 
 A: `fold(model)` of a trained model, which composes every kernel in float64 and leaves the model as it is.
 B: a clone of every tensor of its state dict. C: a copy of the model (`copy.deepcopy`), which a fold makes too.

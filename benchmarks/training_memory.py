@@ -1,6 +1,6 @@
 """Peak memory of a training step: ours and the textbook layer's over the plain model's.
 
-    python benchmarks/training_memory.py [--json docs/data/training_memory.json]
+    python benchmarks/training_memory.py [--json docs/data/benchmarks/training_memory.json]
 
 Each arm trains in a fresh process; the kernel's own record of its peak is reset before the third step. Allowed on
 top of the plain model: the added parameters, their gradients and their optimizer state (SGD with momentum: 3 tensors

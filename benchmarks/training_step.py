@@ -1,6 +1,6 @@
 """What DO-Conv costs in training: a step of ours and of a textbook layer, over a plain convolution's.
 
-    python benchmarks/training_step.py [--only resnet18] [--rounds 15] [--json docs/data/training_step.json]
+    python benchmarks/training_step.py [--only resnet18] [--rounds 15] [--json docs/data/benchmarks/training_step.json]
 
 Each step is forward, loss, backward and SGD with momentum, on random images; the models take turns in one process.
 RetinaNet and RAFT, whose heads and update block run many times in one forward, have one more arm, inside `cached`.

@@ -1,0 +1,138 @@
+"""docs/benchmarks.md from the JSON files that the benchmarks leave in docs/data/benchmarks/.
+
+python benchmarks/benchmarks_page.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "docs/data/benchmarks"
+HEAD = """# What it costs
+
+Made by `python benchmarks/benchmarks_page.py` from `docs/data/benchmarks/`; do not edit. Every section names the
+command that measured it. Times are medians of ratios: all arms take turns in one process, round by round, and a ratio is
+taken within each round; brackets hold the middle half of the rounds. The *textbook* layer
+([textbook.py](../benchmarks/textbook.py)) is DO-Conv as the paper's formula reads: the identity added to D and an
+einsum, every forward.
+"""
+
+
+def ratio(r: dict[str, float]) -> str:
+    return f"{r['median']:.3f} ({r['low']:.3f} to {r['high']:.3f})"
+
+
+def training_step(data: dict[str, Any]) -> list[str]:
+    lines = [
+        "One step: forward, loss, backward, SGD with momentum. RetinaNet's heads run five times in a forward and "
+        "RAFT's update block twelve times: open [`cached`](training.md) there.",
+        "",
+        "| model | plain, s | DO-Conv over plain | textbook over plain | inside `cached` | excess, of the textbook's |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in data["rows"]:
+        over = row["over_plain"]
+        best = over.get("cached", over["ours"])["median"] - 1
+        peer = over["textbook"]["median"] - 1
+        share = f"{best / peer:.0%}" if peer > 0.05 else "textbook below 5 %"
+        inside = ratio(over["cached"]) if "cached" in over else ""
+        cells = (row["workload"], f"{row['seconds']:.2f}", ratio(over["ours"]), ratio(over["textbook"]), inside, share)
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def eval_forward(data: dict[str, Any]) -> list[str]:
+    lines = [
+        "The unfolded model's forward inside `cached`, over the plain model's.",
+        "",
+        "| model | ratio |",
+        "|---|---:|",
+    ]
+    return lines + [f"| {row['workload']} | {ratio(row['over_plain'])} |" for row in data["rows"]]
+
+
+def training_memory(data: dict[str, Any]) -> list[str]:
+    lines = [
+        "Resident memory at the peak of one step over the plain model's (medians of fresh processes). *Allowed*: the "
+        "added parameters, their gradients and momentum, and one kernel per layer.",
+        "",
+        "| model | DO-Conv, MB | textbook, MB | allowed, MB |",
+        "|---|---:|---:|---:|",
+    ]
+    for row in data["rows"]:
+        ours, textbook = row["extra"]["ours"], row["extra"]["textbook"]
+        lines.append(f"| {row['workload']} | {ours / 1e6:+.1f} | {textbook / 1e6:+.1f} | {row['allowed'] / 1e6:.1f} |")
+    return lines
+
+
+def fold_throughput(data: dict[str, Any]) -> list[str]:
+    lines = [
+        "`fold(model)`, with its copy of the model, the float64 composition and the check of every kernel by feature "
+        "composition, against a clone of the same tensors.",
+        "",
+        "| model | fold, ms | clone, ms | throughput of the fold, of the clone's |",
+        "|---|---:|---:|---:|",
+    ]
+    for row in data["rows"]:
+        times = row["seconds"]
+        fold, clone = 1e3 * times["fold"], 1e3 * times["clone"]
+        lines.append(f"| {row['model']} | {fold:.0f} | {clone:.1f} | {ratio(row['throughput'])} |")
+    return lines
+
+
+def fold_onnx(data: dict[str, Any]) -> list[str]:
+    low, high = data["ratio_min"], data["ratio_max"]
+    return [
+        f"`doconv-convert fold --onnx` of {data['model']} with its whole proof, over a script that builds the model, "
+        "exports it once and runs it once in onnxruntime; whole processes on both sides.",
+        "",
+        f"**{data['ratio_median']:.2f}** ({low:.2f} to {high:.2f} over {len(data['pairs'])} pairs).",
+    ]
+
+
+def compositions(data: dict[str, Any]) -> list[str]:
+    sizes = data["milliseconds"]
+    lines = [
+        "One dense 3x3 kernel of C channels, composition forward and backward, milliseconds. The way taken shares one "
+        "matrix product between two neighbouring input channels, with a block-diagonal D: rows of 18 numbers instead "
+        "of 9. All others were tried and left: *identity in D* is as fast, but sends W itself through products that "
+        "`torch.set_float32_matmul_precision` may shorten, so that a new layer would no longer start exactly; a custom "
+        "autograd function (*custom*) saves the copies and loses more in the strided products.",
+        "",
+        "| way | " + " | ".join(f"C = {size}" for size in sizes) + " |",
+        "|---|" + "---:|" * len(sizes),
+    ]
+    for way in next(iter(sizes.values())):
+        lines.append(f"| {way} | " + " | ".join(f"{row[way]:.2f}" for row in sizes.values()) + " |")
+    return lines
+
+
+SECTIONS: list[tuple[str, str, Callable[[dict[str, Any]], list[str]]]] = [
+    ("A training step", "training_step", training_step),
+    ("Evaluation before the fold", "eval_forward", eval_forward),
+    ("Memory of a training step", "training_memory", training_memory),
+    ("The fold", "fold_throughput", fold_throughput),
+    ("The fold with export and proof", "fold_onnx", fold_onnx),
+    ("The composition, and what was tried", "compositions", compositions),
+]
+
+
+def main() -> None:
+    lines = [HEAD]
+    for title, name, section in SECTIONS:
+        path = DATA / f"{name}.json"
+        if not path.exists():
+            continue
+        data = json.loads(path.read_text())
+        machine = f", {data['machine']}" if "machine" in data else ""
+        where = f"`python benchmarks/{name}.py`; torch {data['torch']}, {data['threads']} threads{machine}."
+        lines += [f"## {title}", "", where, "", *section(data), ""]
+    (ROOT / "docs/benchmarks.md").write_text("\n".join(lines).rstrip() + "\n")
+
+
+if __name__ == "__main__":
+    main()

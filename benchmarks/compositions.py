@@ -1,0 +1,132 @@
+"""One kernel's composition, forward and backward: the way taken, the textbook's, and what was tried and left.
+
+    python benchmarks/compositions.py [--rounds 40] [--json docs/data/benchmarks/compositions.json]
+
+All ways take turns in one process, on a dense 3x3 kernel of C channels (D_mul = K = 9). `custom` stands for an autograd
+function whose products write straight into the kernel's memory order, without a copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from interleaved import machine, rounds_of
+from torch import Tensor
+
+from doconv_convert.nn.composition import compose_kernel
+
+Way = Callable[[Tensor, Tensor], Tensor]
+EYE = torch.eye(9)
+
+
+def block_diagonal(d: Tensor, width: int) -> Tensor:
+    channels, k, s = d.shape
+    blocks = d.reshape(channels // width, width, k, s).permute(0, 2, 3, 1)
+    return torch.diag_embed(blocks, dim1=1, dim2=3).reshape(-1, width * k, width * s)
+
+
+def by_block(w: Tensor, width: int) -> Tensor:
+    """(blocks, C_out, width*9), a view."""
+    return w.reshape(w.shape[0], w.shape[1] // width, -1).transpose(0, 1)
+
+
+def textbook(w: Tensor, d: Tensor) -> Tensor:
+    return torch.einsum("jps,ojs->ojp", d + EYE, w.flatten(2)).reshape(w.shape)
+
+
+def transposed(w: Tensor, d: Tensor) -> Tensor:
+    """In (C_in, K, C_out) order, with one transposing copy back."""
+    base = w.flatten(1).t().reshape(w.shape[1], 9, w.shape[0])
+    return torch.baddbmm(base, d, base).flatten(0, 1).t().reshape(w.shape)
+
+
+def blocks(width: int) -> Way:
+    def compose(w: Tensor, d: Tensor) -> Tensor:
+        rows = by_block(w, width)
+        product = torch.bmm(rows, block_diagonal(d, width).transpose(1, 2))
+        return (rows.transpose(0, 1) + product.transpose(0, 1)).reshape(w.shape)
+
+    return compose
+
+
+def identity_in_d(w: Tensor, d: Tensor) -> Tensor:
+    """Blocks of two, D^ instead of D: one addition less, and W goes through reduced-precision products too."""
+    return torch.bmm(by_block(w, 2), block_diagonal(d + EYE, 2).transpose(1, 2)).transpose(0, 1).reshape(w.shape)
+
+
+class _Custom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, d: Tensor, width: int) -> Tensor:
+        ctx.save_for_backward(w, d)
+        ctx.width = width
+        return _Custom.product(w, d, width)
+
+    @staticmethod
+    def product(w: Tensor, d: Tensor, width: int) -> Tensor:
+        kernel, rows = torch.empty_like(w), by_block(w, width)
+        torch.baddbmm(rows, rows, block_diagonal(d, width).transpose(1, 2), out=by_block(kernel, width))
+        return kernel
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        w, d = ctx.saved_tensors
+        gradient = gradients[0].contiguous()
+        products = torch.bmm(by_block(gradient, 2).transpose(1, 2), by_block(w, 2)).view(-1, 2, 9, 2, 9)
+        of_d = products.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(d.shape)
+        return _Custom.product(gradient, d.transpose(1, 2), ctx.width), of_d, None
+
+
+def custom(width: int) -> Way:
+    return lambda w, d: _Custom.apply(w, d, width)  # type: ignore[no-any-return, no-untyped-call]
+
+
+WAYS: dict[str, Way] = {
+    "ours (blocks of 2)": compose_kernel,
+    "textbook": textbook,
+    "transposed copies": transposed,
+    "blocks of 1": blocks(1),
+    "blocks of 4": blocks(4),
+    "blocks of 8": blocks(8),
+    "identity in D": identity_in_d,
+    "custom, blocks of 2": custom(2),
+    "custom, blocks of 4": custom(4),
+    "custom, blocks of 8": custom(8),
+}
+
+
+def measure(channels: int, rounds: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    w = torch.randn(channels, channels, 3, 3, requires_grad=True)
+    d = (0.1 * torch.randn(channels, 9, 9)).requires_grad_()
+    gradient = torch.randn_like(w)
+    for way in WAYS.values():
+        torch.testing.assert_close(way(w, d), textbook(w, d), rtol=1e-4, atol=1e-4)
+
+    def both(way: Way) -> None:
+        w.grad = d.grad = None
+        way(w, d).backward(gradient)  # type: ignore[no-untyped-call]
+
+    seconds = rounds_of({name: lambda way=way: both(way) for name, way in WAYS.items()}, rounds, warm=5)
+    return {name: round(1e3 * sorted(each)[rounds // 2], 3) for name, each in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    sizes = {str(channels): measure(channels, options.rounds) for channels in (64, 128, 256, 512)}
+    for name in WAYS:
+        print(f"{name:22s}" + "".join(f"{row[name]:10.2f}" for row in sizes.values()) + "  ms")
+    if options.json:
+        result = {**machine(), "rounds": options.rounds, "milliseconds": sizes}
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
