@@ -15,8 +15,8 @@ DATA = ROOT / "docs/data/benchmarks"
 HEAD = """# What it costs
 
 Made by `python benchmarks/benchmarks_page.py` from `docs/data/benchmarks/`; do not edit. Every section names the
-command that measured it. Times are medians of ratios: all arms take turns in one process, round by round, and a ratio is
-taken within each round; brackets hold the middle half of the rounds. The *textbook* layer
+command that measured it. Times are medians of ratios: all arms take turns in one process, round by round, and a ratio
+is taken within each round; brackets hold the middle half of the rounds. The *textbook* layer
 ([textbook.py](../benchmarks/textbook.py)) is DO-Conv as the paper's formula reads: the identity added to D and an
 einsum, every forward.
 """
