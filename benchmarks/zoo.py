@@ -6,7 +6,8 @@
     python benchmarks/zoo.py folds                           # exact start and fold, timm below 100 M parameters
     python benchmarks/zoo.py page                            # docs/zoo.md from what has been run
 
-Each run appends to a JSON lines file under docs/data/zoo/ and continues where it was stopped.
+Each run adds rows to a JSON lines file under docs/data/zoo/ and continues where it was stopped; delete the rows (and
+build/zoo/) that shall be made again.
 """
 
 from __future__ import annotations
@@ -118,10 +119,15 @@ def _short(value: float | None) -> float | None:
 
 
 def run(name: str, sources: list[str], raw_folder: Path, options: list[str]) -> None:
+    """Rehearses the `sources` that docs/data/zoo/ has no row of, and adds theirs."""
     raw_folder.mkdir(parents=True, exist_ok=True)
     DATA.mkdir(parents=True, exist_ok=True)
-    rows = sorted(rehearse(sources, raw_folder / f"{name}.jsonl", options), key=lambda row: str(row["source"]))
-    (DATA / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = DATA / f"{name}.jsonl"
+    rows = {str(row["source"]): row for row in read(path)}
+    todo = [source for source in sources if source not in rows]
+    if todo:
+        rows |= {str(row["source"]): row for row in rehearse(todo, raw_folder / f"{name}.jsonl", options)}
+    path.write_text("".join(json.dumps(rows[source]) + "\n" for source in sorted(rows)))
 
 
 def main() -> None:
