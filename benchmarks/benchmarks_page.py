@@ -29,7 +29,8 @@ def ratio(r: dict[str, float]) -> str:
 def training_step(data: dict[str, Any]) -> list[str]:
     lines = [
         "One step: forward, loss, backward, SGD with momentum. RetinaNet's heads run five times in a forward and "
-        "RAFT's update block twelve times: open [`cached`](training.md) there.",
+        "RAFT's update block twelve times: open [`cached`](training.md) there. Where the brackets of two columns "
+        "overlap, these rounds could not tell the two apart.",
         "",
         "| model | plain, s | DO-Conv over plain | textbook over plain | inside `cached` | excess, of the textbook's |",
         "|---|---:|---:|---:|---:|---:|",
