@@ -22,10 +22,14 @@ def run_float64(model: nn.Module, inputs: Any) -> list[Tensor]:
     float32 (RAFT's coordinate grids do). The model itself is not changed.
 
     Raises DoconvError where the model does not run in float64."""
-    exact = in_eval(copy_model(model).double())
+    return run_widened(copy_model(model).double(), inputs)
+
+
+def run_widened(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """`run_float64` of a model that is in float64 already, which is left in eval mode."""
     try:
         with torch.no_grad(), _float64_by_default(), _WidenFloats():
-            return output_tensors(run_model(exact, tree_map(widen, inputs)))
+            return output_tensors(run_model(in_eval(model), tree_map(widen, inputs)))
     except Exception as error:  # the user's forward
         raise DoconvError(
             f"{type(model).__name__} does not run in float64, which its outputs are judged by ({type(error).__name__}: "

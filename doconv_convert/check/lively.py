@@ -18,7 +18,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from doconv_convert.artifacts.recipe import recipe_sites
-from doconv_convert.check.exact import output_tensors
 from doconv_convert.check.rescale import Rescale, rescaling, to_deviation
 from doconv_convert.errors import DoconvError
 from doconv_convert.nn.stored import StoredKernel
@@ -42,8 +41,9 @@ LIVELY = 1e-2
 _OFF = 1e-3
 
 
-def make_lively(model: nn.Module, inputs: Any, seed: int = 0) -> None:
-    """Randomise a converted `model` in place, calibrated on `inputs` (a varied batch of 3 or more).
+def make_lively(model: nn.Module, inputs: Any, seed: int = 0, one_sample: Any = None) -> None:
+    """Randomise a converted `model` in place, calibrated on `inputs` (a varied batch of 3 or more). What is known from
+    any forward is taken from `one_sample`, where given.
 
     D ~ N(0, 1/K) and weight_extra are drawn anew, batch norms get affine parameters and calibrated statistics
     jittered by 5 %, zero or switched-off parameters get values. The global random state is not touched.
@@ -55,7 +55,7 @@ def make_lively(model: nn.Module, inputs: Any, seed: int = 0) -> None:
         for norm in _batch_norms(model):
             if norm.bias is not None:
                 norm.bias.add_(SHIFT)
-        _calibrate(model, inputs)
+        _calibrate(model, inputs, _calls(model, inputs if one_sample is None else one_sample))
         for norm in _batch_norms(model):
             _jitter(norm, generator)
 
@@ -91,13 +91,12 @@ def sample_spread(outputs: list[Tensor], samples: int) -> float:
     return max(spreads)
 
 
-def require_lively(model: nn.Module, inputs: Any, samples: int) -> float:
-    """The spread of the outputs over the samples. Raises DoconvError where it is not above LIVELY."""
-    with torch.no_grad():
-        spread = sample_spread(output_tensors(run_model(in_eval(model), inputs)), samples)
+def require_lively(name: str, outputs: list[Tensor], samples: int) -> float:
+    """The spread of a model's outputs over the samples. Raises DoconvError where it is not above LIVELY."""
+    spread = sample_spread(outputs, samples)
     if not spread > LIVELY:
         raise DoconvError(
-            f"{type(model).__name__}: outputs differ between samples by {spread:.1e} of their scale, expected more "
+            f"{name}: outputs differ between samples by {spread:.1e} of their scale, expected more "
             f"than {LIVELY:.0e}; a comparison of such outputs shows nothing."
         )
     return spread
@@ -130,10 +129,9 @@ def _switch_on(model: nn.Module, generator: torch.Generator) -> None:
             _draw(parameter, 1 / math.sqrt(max(fan_in, 4)), generator)
 
 
-def _calibrate(model: nn.Module, inputs: Any) -> None:
+def _calibrate(model: nn.Module, inputs: Any, calls: Counter[nn.Module]) -> None:
     """One forward in which the batch norms normalise by, and remember, the batch's own statistics, and every layer
     is scaled by what it gives."""
-    calls = _calls(model, inputs)
     norms = _batch_norms(model)
     momenta = [norm.momentum for norm in norms]
     in_eval(model)

@@ -20,19 +20,20 @@ from doconv_convert.artifacts.models import Inputs, Opened, find_inputs
 from doconv_convert.artifacts.sources import Source, build, parse_source
 from doconv_convert.artifacts.zoos import model_names
 from doconv_convert.check.detectors import draw_heads, rehearsal_source
-from doconv_convert.check.exact import output_tensors, run_float64
+from doconv_convert.check.exact import output_tensors, run_widened
 from doconv_convert.check.lively import make_lively, require_lively, trained_factors
 from doconv_convert.check.outputs import SEEN
 from doconv_convert.check.proof import Proof
 from doconv_convert.check.release import Loaded, load_trained, release, write_inputs
 from doconv_convert.check.start import require_same_start
 from doconv_convert.errors import DoconvError, UsageError
-from doconv_convert.rewrite.convert import copy_model, to_doconv
+from doconv_convert.rewrite.convert import convert, copy_model, refuse_wrapped, require_sites
+from doconv_convert.rewrite.discover import discover
 from doconv_convert.rewrite.fold import fold_in_place
 from doconv_convert.rewrite.measure import run_model
 from doconv_convert.rewrite.modes import in_eval
-from doconv_convert.rewrite.plan import Plan, plan
-from doconv_convert.rewrite.sites import Options
+from doconv_convert.rewrite.plan import as_plan
+from doconv_convert.rewrite.sites import Options, decide
 from doconv_convert.rewrite.trained import Layer, planned_layers
 
 CANNOT_EXPORT = "original cannot be exported"
@@ -167,25 +168,28 @@ def _until_the_fold(
             original = in_eval(build(source, seed=seed))
         if inputs is None:
             raise UsageError(f"'{text}': its input is not known; give it with --input-shape 1,3,224,224.")
-    example = inputs.arguments(inputs.export_batch)
+    samples = inputs.fixed_batch or 1
+    example = inputs.arguments(samples)
     with _step(rehearsal, "plan") as told:
-        planned: Plan = plan(original, example)
+        refuse_wrapped(original)
+        model, options = copy_model(original), Options(seed=seed)
+        discovery = discover(model, example)
+        decide(discovery.sites, options)
+        planned = as_plan(discovery)
         rehearsal.counts = planned.counts()
-        rehearsal.layers = planned_layers(planned.rows, inputs.export_batch)
+        rehearsal.layers = planned_layers(planned.rows, samples)
         told(", ".join(f"{count} {what}" for what, count in rehearsal.counts.items()))
     with _step(rehearsal, "convert") as told:
-        model = to_doconv(original, example_inputs=example, seed=seed)
+        require_sites(discovery)
+        convert(discovery, options)
         require_same_start(original, model, example)
         told("computes the same bits")
     with _step(rehearsal, "lively") as told:
-        batch = inputs.fixed_batch or LIVELY_BATCH
-        arguments = inputs.arguments(batch)
-        make_lively(model, arguments, seed)
+        arguments = inputs.arguments(inputs.fixed_batch or LIVELY_BATCH)
+        make_lively(model, arguments, seed, example)
         if inputs.image_list:
             draw_heads(model, arguments, torch.Generator().manual_seed(seed))
-        alone = inputs.image_list or batch == 1
-        spread = float("nan") if alone else require_lively(model, arguments, batch)
-        moved = _movement(model, example)
+        spread, moved = _liveliness(model, inputs)
         rehearsal.figures |= {"spread": spread, "moved": moved}
         if planned.added_parameters and not moved >= MOVED:
             raise DoconvError(f"D moved the output by {moved:.1e} of its scale, expected at least {MOVED}.")
@@ -197,24 +201,31 @@ def _until_the_fold(
     return _Ready(source, original, model, inputs)
 
 
-def _movement(model: nn.Module, example: Any) -> float:
-    """How far the outputs are from those with every D at zero, relative to their scale: the largest."""
-    plain = copy_model(model)
-    with torch.no_grad():
-        for d, _ in trained_factors(plain):
-            d.zero_()
-        pairs = [output_tensors(run_model(in_eval(m), example)) for m in (model, plain)]
-    return max((_distance(a, b) for a, b in zip(*pairs, strict=False)), default=0.0)
+@torch.no_grad()
+def _liveliness(model: nn.Module, inputs: Inputs) -> tuple[float, float]:
+    """How much the outputs of two samples differ (NaN where only one is run), and how far the outputs are from those
+    with every D at zero: relative to their scale, the largest over the outputs."""
+    batch = inputs.export_batch
+    arguments = inputs.arguments(batch)
+    outputs = output_tensors(run_model(in_eval(model), arguments))
+    spread = float("nan") if batch == 1 else require_lively(type(model).__name__, outputs, batch)
+    trained = [(d, d.clone()) for d, _ in trained_factors(model)]
+    for d, _ in trained:
+        d.zero_()
+    plain = output_tensors(run_model(model, arguments))
+    for d, value in trained:
+        d.copy_(value)
+    return spread, max((_distance(a, b) for a, b in zip(outputs, plain, strict=False)), default=0.0)
 
 
 def _exact_fold(original: nn.Module, model: nn.Module, example: Any) -> float:
     exact = copy_model(model).double()
-    unfolded = run_float64(exact, example)
+    unfolded = run_widened(exact, example)
     folded = fold_in_place(exact, check_first=False).model
     classes = [_class(m) for m in folded.modules()] == [_class(m) for m in original.modules()]
     if not classes or list(folded.state_dict()) != list(original.state_dict()):
         raise DoconvError("the folded model's classes or keys are not the original's.")
-    again = run_float64(folded, example)
+    again = run_widened(folded, example)
     error = max((_distance(a, b) for a, b in zip(again, unfolded, strict=True)), default=0.0)
     if not error <= EXACT:
         raise DoconvError(f"the folded outputs differ by {error:.1e} of their scale in float64, allowed {EXACT:.0e}.")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DEBIAN = Path("/usr/share/dataset-fashion-mnist")
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 Split = tuple[Tensor, Tensor]
 
 

@@ -241,11 +241,11 @@ def test_lively_calibrates_batch_norm_and_switches_on_what_is_off() -> None:
     x = torch.randn(4, 3, 10, 10) * torch.tensor([0.5, 1.0, 2.0, 4.0]).view(4, 1, 1, 1)
     model = to_doconv(Net())
     with pytest.raises(DoconvError, match="differ between samples"):
-        require_lively(model, (x,), 4)
+        require_lively("Net", [model(x)], 4)
     state = torch.random.get_rng_state()
     make_lively(model, (x,), seed=0)
     assert torch.equal(state, torch.random.get_rng_state())
-    assert require_lively(model, (x,), 4) > LIVELY
+    assert require_lively("Net", [model.eval()(x)], 4) > LIVELY
     assert float(model.scale.detach().abs().max()) > 0.1
     normalised = model.norm(model.conv(x)).detach()
     assert 0.5 < float(normalised.std()) < 2.0
