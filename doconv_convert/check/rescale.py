@@ -10,6 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from doconv_convert.nn.layers import DOConv1d, DOConv2d, DOConv3d
+
+# Layers whose output is linear in their kernel; subclasses may standardise theirs.
+_LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, DOConv1d, DOConv2d, DOConv3d)
+
 # From a layer's output to the factor that its kernel should take.
 Factor = Callable[[Tensor], float]
 
@@ -41,7 +46,17 @@ class Rescale:
         for name in ("weight", "weight_extra"):
             if layer._parameters.get(name) is not None:
                 layer._parameters[name].mul_(factor)
+        if type(layer) in _LINEAR:
+            return _rescaled(layer, output, factor)
         return layer.forward(*args)  # type: ignore[no-any-return]
+
+
+def _rescaled(layer: Any, output: Tensor, factor: float) -> Tensor:
+    """What the layer gives with its kernel times `factor`, without computing it again."""
+    if layer.bias is None:
+        return output * factor
+    bias = layer.bias if isinstance(layer, nn.Linear) else layer.bias.view(-1, *[1] * len(layer.kernel_size))
+    return torch.lerp(bias.expand_as(output), output, factor)
 
 
 @contextmanager

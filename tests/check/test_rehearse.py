@@ -13,6 +13,7 @@ from doconv_convert import DoconvError, UsageError, to_doconv
 from doconv_convert.check import rehearse as rehearsing
 from doconv_convert.check.lively import LIVELY, make_lively, require_lively, sample_spread
 from doconv_convert.check.rehearse import CANNOT_EXPORT, expand, rehearse
+from doconv_convert.check.rescale import Rescale, rescaling, to_deviation
 from doconv_convert.cli import workers
 from doconv_convert.cli.app import app
 from doconv_convert.nn.layers import fold_kernel
@@ -267,3 +268,16 @@ def test_a_detector_finds_something_and_its_fold_is_exact() -> None:
 def test_every_torchvision_model_folds_exactly(name: str) -> None:
     result = rehearse(f"torchvision:{name}", export=False)
     assert result.status == "passed", result.steps[-1].detail
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(6, 5), nn.Conv2d(6, 5, 3), nn.Conv1d(6, 5, 1, bias=False), nn.Conv3d(6, 4, 2, groups=2)]
+)
+def test_a_rescaled_layer_gives_what_its_rescaled_kernel_does(layer: nn.Module) -> None:
+    torch.manual_seed(0)
+    model = layer if isinstance(layer, nn.Linear) else to_doconv(layer, pointwise=True)
+    x = torch.randn(3, 6, *[4] * max(0, layer.weight.dim() - 2))
+    with rescaling({model: Rescale(to_deviation(2.0))}):
+        scaled = model(x)
+    assert abs(float(scaled.std()) - 2.0) < 0.5
+    torch.testing.assert_close(scaled, model(x))
