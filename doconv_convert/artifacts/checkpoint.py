@@ -39,7 +39,8 @@ _SHOWN = 5
 
 
 def save(model: nn.Module, path: str | Path, *, source: Source | str | None = None) -> None:
-    """Write `model`'s state dict and its recipe as safetensors, atomically; the same model gives the same bytes.
+    """Write `model`'s state dict and its recipe to `path` as safetensors, atomically; the same model gives the same
+    bytes.
 
     `source` ("torchvision:resnet18", ...) lets `load` and the command line rebuild the model without being told.
     Raises DoconvError for a state that is not tensors, is on the meta device, or cannot be written.
@@ -82,7 +83,7 @@ def write_tensors(stored: dict[str, Tensor], recipe: Recipe, path: Path) -> None
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """The model a file of ours holds, converted as its recipe says, on the CPU.
+    """The model that the file of ours at `path` holds, converted as its recipe says, on the CPU.
 
     `model`: the plain (or equally converted) network to put it into, changed in place; needed where the recipe
     has no source, or one whose code is only run when named. Raises DoconvError for a damaged or misfitting file.

@@ -60,13 +60,14 @@ def export_onnx(
     dynamic_batch: bool = True,
     dynamic: Mapping[str, Mapping[int, str]] | None = None,
 ) -> ExportReport:
-    """Exports `module` in eval mode, in this process, in one step; the same model gives the same bytes.
+    """Exports `module` in eval mode to the file `path`, in this process, in one step; the same model gives the same
+    bytes.
 
     `example_inputs` are forward's positional arguments, of batch 2 or more where the batch is dynamic; every
-    tensor in them is an input, named by `input_names` or like forward's arguments. Dynamic are the first
-    dimension of those that share the first tensor's batch, unless the exporter refuses it (then the file is
-    static: see the report), and what `dynamic` asks for: {input name: {axis: dimension name}}, which must
-    succeed. `opset` None is the exporter's own.
+    tensor in them is an input, named by `input_names` or like forward's arguments; `output_names` name the outputs.
+    Dynamic are, with `dynamic_batch`, the first dimension of those that share the first tensor's batch, unless the
+    exporter refuses it (then the file is static: see the report), and what `dynamic` asks for: {input name: {axis:
+    dimension name}}, which must succeed. `opset` None is the exporter's own.
 
     Raises UsageError for names and axes that do not fit the inputs, DoconvError where the exporter fails or
     falls short of the opset or of `dynamic`, or where the place cannot be written.

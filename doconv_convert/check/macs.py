@@ -29,7 +29,8 @@ _UNITS = (("P", 10**15), ("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)
 
 
 def count_macs(model: ModelSource, dims: Mapping[str, int] | None = None, ignore: Collection[str] = ()) -> MacCount:
-    """Count the MACs of one run of an ONNX model (a path or a ModelProto).
+    """Count the multiply-accumulates (MACs; FLOPs are twice as many) of one run of an ONNX `model` (a path or a
+    ModelProto). Exact integers: `.total`, and node by node `.nodes`; `.uncounted` names operators not understood.
 
     `dims` gives sizes to dynamic dimensions by name (`input[axis]` for one that has no name). A dimension 0 that
     is not given is a batch of 1. The operators in `ignore` ('com.example.Mask') are taken to multiply nothing

@@ -100,8 +100,10 @@ def rehearse(
 ) -> Rehearsal:
     """Rehearse one SOURCE: will its conversion, fold, export and proof work?
 
-    Everything runs on random weights from `seed`, made lively. Failures are statuses, not exceptions. The
-    `waiting` children, where there are some, take the exports.
+    Everything runs on random weights from `seed`, made lively. Failures are statuses, not exceptions: `.status` is
+    "passed" or says which step failed, `.proven` whether the export was proven too (`export=False` stops after the
+    fold). `model_args` are the builder's arguments, `input_shapes` as in `--input-shape` ("1,3,224,224") for sources
+    that do not tell. The `waiting` children, where there are some, take the exports.
     """
     rehearsal = Rehearsal(source)
     with suppress(_Stop):

@@ -37,6 +37,13 @@ def cached(model: nn.Module) -> Iterator[None]:
     composed again without gradient and compared (`torch.equal`): version counters do not see fused optimizers
     and writes to `.data`.
 
+    >>> import torch
+    >>> from doconv_convert import to_doconv
+    >>> model = to_doconv(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)))
+    >>> with cached(model):
+    ...     loss = sum(model(torch.randn(1, 3, size, size)).square().mean() for size in (8, 16, 32))
+    ...     loss.backward()
+
     Raises:
         DoconvError: on entry, for an FSDP2-wrapped model (its parameters are shards) or a scope inside a scope;
             on exit, where a parameter changed inside, or a checkpointed forward's backward has not run: it

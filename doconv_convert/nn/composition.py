@@ -156,7 +156,15 @@ def kernel_macs(
     batch: int = 1,
     output_volume: int = 1,
 ) -> int:
-    """MACs of one training forward by kernel composition: D_mul*K*C_in*C_out/g + B*V*C_out*K*C_in/g."""
+    """Multiply-accumulates (MACs; FLOPs are twice as many) of one training forward by kernel composition:
+    D_mul*K*C_in*C_out/g + B*V*C_out*K*C_in/g (arXiv 2006.12030).
+
+    `kernel_positions` is K (3x3: 9), `output_volume` V (height times width), `batch` B.
+
+    >>> layer = dict(in_channels=64, out_channels=128, kernel_positions=9, d_mul=9)
+    >>> kernel_macs(**layer, output_volume=56 * 56) < feature_macs(**layer, output_volume=56 * 56)
+    True
+    """
     product = in_channels * out_channels // groups * kernel_positions
     return d_mul * product + batch * output_volume * product
 
@@ -171,7 +179,8 @@ def feature_macs(
     batch: int = 1,
     output_volume: int = 1,
 ) -> int:
-    """MACs of one training forward by feature composition: B*V*(D_mul*K*C_in + C_out*D_mul*C_in/g)."""
+    """Multiply-accumulates (MACs; FLOPs are twice as many) of one training forward by feature composition:
+    B*V*(D_mul*K*C_in + C_out*D_mul*C_in/g) (arXiv 2006.12030). Arguments are `kernel_macs`'s."""
     per_position = d_mul * kernel_positions * in_channels + out_channels * d_mul * in_channels // groups
     return batch * output_volume * per_position
 

@@ -208,15 +208,24 @@ class _DOConv(nn.modules.conv._ConvNd):
 
 
 class DOConv1d(_DOConv, nn.Conv1d):
-    """`torch.nn.Conv1d` whose kernel is D^ W. `weight` is W; `effective_kernel()` is the kernel."""
+    """`torch.nn.Conv1d` whose kernel is D^ W: DOConv2d's arguments, parameters and errors, for (B, C_in, L)."""
 
     plain_class = nn.Conv1d
 
 
 class DOConv2d(_DOConv, nn.Conv2d):
-    """`torch.nn.Conv2d` whose kernel is D^ W (arXiv 2006.12030). `weight` is W; `effective_kernel()` is the
-    kernel. W has D_mul slots a channel: the first K in `weight`, the others in `weight_extra`; D^ is
-    [I | 0] + `D`, so a new layer computes exactly what a plain one with its `weight` and `bias` does.
+    """`torch.nn.Conv2d` whose kernel is k = D^ W (arXiv 2006.12030, kernel composition). A new layer computes
+    exactly what a plain one with its `weight` and `bias` does. Its parameters, for K kernel positions, in one dtype:
+
+        weight        (C_out, C_in/g, height, width)   the first K slots of W; not the kernel that convolves
+        D             (C_in, K, D_mul)                 zero at first: D^ = [I | 0] + D; None for a 1x1 kernel
+        weight_extra  (C_out, C_in/g, D_mul - K)       W's other slots; None where D_mul = K
+        bias          (C_out,)                         as in Conv2d
+
+    `effective_kernel()` is k, in `weight`'s shape and dtype; `kind` its name in the paper. Conv2d's arguments in its
+    order, then `d_mul`, `composition` and `pointwise`, by keyword.
+
+    Raises UsageError where D_mul < K, or for an unknown composition; ValueError as Conv2d does.
 
     >>> import torch
     >>> layer = DOConv2d(8, 16, 3, padding=1, groups=2)
@@ -228,7 +237,8 @@ class DOConv2d(_DOConv, nn.Conv2d):
 
 
 class DOConv3d(_DOConv, nn.Conv3d):
-    """`torch.nn.Conv3d` whose kernel is D^ W. `weight` is W; `effective_kernel()` is the kernel."""
+    """`torch.nn.Conv3d` whose kernel is D^ W: DOConv2d's arguments, parameters and errors, for (B, C_in, depth,
+    height, width)."""
 
     plain_class = nn.Conv3d
 

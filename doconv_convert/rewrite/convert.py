@@ -51,6 +51,12 @@ def to_doconv(
     Raises:
         UsageError: a glob that matches nothing, or D_mul below some kernel's K.
         DoconvError: nothing to convert, or a model that is wrapped or compiled already.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    >>> image = torch.randn(1, 3, 8, 8)
+    >>> training = to_doconv(net)
+    >>> type(training[0]).__name__, torch.equal(training(image), net(image))
+    ('DOConv2d', True)
     """
     options = Options(d_mul, include, exclude, pointwise, max_d_params, seed)
     refuse_wrapped(model)

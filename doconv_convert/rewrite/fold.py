@@ -49,6 +49,14 @@ def fold(
 
     Raises:
         DoconvError: a kernel that is not finite, or a model that FSDP2 shards; nothing was changed then.
+
+    >>> import torch
+    >>> from doconv_convert import to_doconv
+    >>> training = to_doconv(nn.Sequential(nn.Conv2d(3, 8, 3)))
+    >>> _ = nn.init.normal_(training[0].D, std=0.1)  # in place of a training
+    >>> shipped = fold(training)
+    >>> type(shipped[0]).__name__, torch.allclose(shipped[0].weight, training[0].effective_kernel())
+    ('Conv2d', True)
     """
     refuse_shards(model, "save it with torch.distributed.checkpoint and fold that folder")
     model = model if inplace else copy_model(model)

@@ -87,7 +87,18 @@ def plan(
     """Every convolution of `model` with what `to_doconv` would do to it; the model is not changed.
 
     Arguments are `to_doconv`'s; with `example_inputs` one forward in eval mode adds calls, output sizes and MACs.
+    `.rows` has a row a convolution, `.counts()` sums them up, `print` shows all.
+
     Raises UsageError as `to_doconv` does.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.ConvTranspose2d(8, 3, 2))
+    >>> planned = plan(net, torch.zeros(1, 3, 8, 8))
+    >>> planned.counts()
+    {'convert': 1, 'convert, no D (1x1)': 1, 'keep: transposed': 1}
+    >>> planned.rows[0].kind, planned.rows[0].macs, planned.added_parameters
+    ('DO-Conv', 7776, 243)
     """
     discovery = discover(model, example_inputs)
     decide(discovery.sites, Options(d_mul, include, exclude, pointwise, max_d_params))

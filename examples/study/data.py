@@ -37,7 +37,7 @@ def _idx(path: Path) -> Tensor:
 
 
 def fashion() -> tuple[Split, Split]:
-    """12,000 of the 60,000 training images (the first 1,200 of each class) and the 10,000 of the test."""
+    """10,000 of the 60,000 training images (the first 1,000 of each class) and the 10,000 of the test."""
     if DEBIAN.exists():
         raw = [
             (_idx(DEBIAN / f"{name}-images-idx3-ubyte.gz"), _idx(DEBIAN / f"{name}-labels-idx1-ubyte.gz"))
@@ -49,9 +49,9 @@ def fashion() -> tuple[Split, Split]:
         sets = [FashionMNIST(Path.home() / ".cache/doconv-study", train, download=True) for train in (True, False)]
         raw = [(one.data, one.targets) for one in sets]
     train, test = (((images.float() / 255 - 0.286) / 0.353, labels.long()) for images, labels in raw)
-    first = torch.cat([torch.nonzero(train[1] == label).flatten()[:1200] for label in range(10)])
+    first = torch.cat([torch.nonzero(train[1] == label).flatten()[:1000] for label in range(10)])
     return (train[0][first].unsqueeze(1), train[1][first]), (test[0].unsqueeze(1), test[1])
 
 
 DATA = {"digits": digits, "fashion": fashion}
-EPOCHS = {"digits": 20, "fashion": 4}
+EPOCHS = {"digits": 15, "fashion": 3}

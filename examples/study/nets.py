@@ -49,7 +49,7 @@ def separable() -> nn.Module:
             _conv(inputs, inputs, stride, inputs), pointwise, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
         )
 
-    widths = [(16, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1)]
+    widths = [(16, 32, 2), (32, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1)]
     return nn.Sequential(_conv(1, 16), *(unit(*one) for one in widths), _head(128))
 
 

@@ -55,7 +55,8 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def run(cell: Cell, epochs: int | None = None) -> dict[str, Any]:
-    """Train one cell: its loss at each step, its test accuracy, and the seconds that the steps took."""
+    """Train one cell: its loss at each step, its test accuracy, and the seconds of processor time that the steps
+    took."""
     data, net, arm, seed = cell
     torch.set_num_threads(1)
     (images, labels), test = DATA[data]()
@@ -63,7 +64,7 @@ def run(cell: Cell, epochs: int | None = None) -> dict[str, Any]:
     order = list(batches(len(labels), epochs or EPOCHS[data], seed))
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(order))
-    losses, start = [], time.perf_counter()
+    losses, start = [], time.process_time()
     for chosen in order:
         loss = F.cross_entropy(model(images[chosen]), labels[chosen])
         optimizer.zero_grad()
@@ -71,7 +72,7 @@ def run(cell: Cell, epochs: int | None = None) -> dict[str, Any]:
         optimizer.step()
         schedule.step()
         losses.append(float(loss.detach()))
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     rounded = [float(f"{loss:.6g}") for loss in losses]
     return {"cell": list(cell), "losses": rounded, "accuracy": accuracy(model, *test), "seconds": round(seconds, 1)}
 
