@@ -6,6 +6,7 @@ through by an unpickler for which every name is an inert record, and each claim 
 
 from __future__ import annotations
 
+import argparse
 import io
 import operator
 import pickle
@@ -26,6 +27,8 @@ from doconv_convert.errors import DoconvError
 _REPEATS = 64
 # A file of the format before torch 1.6: magic number, protocol, system, content, the storages' keys.
 _LEGACY_PICKLES = 5
+# What training scripts store beside the weights, timm's among them, and what does nothing when it is made: attributes.
+_INERT = [argparse.Namespace]
 _ITEM_SIZES = {
     **dict.fromkeys(("ComplexDoubleStorage",), 16),
     **dict.fromkeys(("DoubleStorage", "LongStorage", "ComplexFloatStorage"), 8),
@@ -106,7 +109,8 @@ def load_tensors(content: Path | bytes, what: str) -> Any:
     try:
         with _opened(content) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about other pickle protocols: what matters raises
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(_INERT):
+                loaded = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise _refused(what, names, error) from error
     except Exception as error:  # torch.load raises many kinds for a damaged file
@@ -205,4 +209,5 @@ def _is_ordinary(name: str) -> bool:
     """Whether every state dict may name it."""
     module, _, last = name.rpartition(".")
     in_torch = module == "torch" and (last.endswith("Storage") or isinstance(getattr(torch, last, None), torch.dtype))
-    return in_torch or name in ("torch.Size", "collections.OrderedDict") or name.startswith("torch._utils._rebuild_")
+    ordinary = ("torch.Size", "collections.OrderedDict", "argparse.Namespace")
+    return in_torch or name in ordinary or name.startswith("torch._utils._rebuild_")

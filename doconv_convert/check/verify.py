@@ -51,8 +51,8 @@ def verify(
     """Check the ONNX file `candidate` against an ONNX file, a checkpoint (with `model` where it has no recipe)
     or a source (with `weights`; without them graph and MACs only); or against its `certificate`.
 
-    `options` are the command line's, by the names of `Reference`'s fields: model, weights, model_args, include, exclude,
-    input_shapes, input_file, min_coverage, ...; for a certificate `input_file` alone.
+    `options` are the command line's, by the names of `Reference`'s fields: model, weights, model_args, include,
+    exclude, input_shapes, input_file, min_coverage, ...; for a certificate `input_file` alone.
 
     Returns the proof: `.proven`, `.failed` and `.statuses`. Raises DoconvError for files that cannot be read.
     """

@@ -55,8 +55,12 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def run(cell: Cell, epochs: int | None = None) -> dict[str, Any]:
-    """Train one cell: its loss at each step, its test accuracy, and the seconds of processor time that the steps
-    took."""
+    """A cell's loss at each step, its test accuracy, and the seconds of processor time that the steps took."""
+    return train(cell, epochs)[1]
+
+
+def train(cell: Cell, epochs: int | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """Train one cell: the model in eval mode, and `run`'s row."""
     data, net, arm, seed = cell
     torch.set_num_threads(1)
     (images, labels), test = DATA[data]()
@@ -74,7 +78,8 @@ def run(cell: Cell, epochs: int | None = None) -> dict[str, Any]:
         losses.append(float(loss.detach()))
     seconds = time.process_time() - start
     rounded = [float(f"{loss:.6g}") for loss in losses]
-    return {"cell": list(cell), "losses": rounded, "accuracy": accuracy(model, *test), "seconds": round(seconds, 1)}
+    row = {"cell": list(cell), "losses": rounded, "accuracy": accuracy(model, *test), "seconds": round(seconds, 1)}
+    return model, row
 
 
 def main() -> None:

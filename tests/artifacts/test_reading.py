@@ -1,5 +1,6 @@
 """Files as found: shards, wrappers, averages, prefixes; and claims that are held against the file before anything."""
 
+import argparse
 import io
 import json
 import pickle
@@ -103,6 +104,20 @@ def test_a_lightning_checkpoint(tmp_path: Path) -> None:
     torch.save(content, tmp_path / "last.ckpt")
     loaded = load(tmp_path / "last.ckpt", model=tiny(tmp_path))
     assert torch.equal(loaded.get_parameter("first.D"), trained_tiny(tmp_path).get_parameter("first.D"))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_checkpoint_with_its_scripts_arguments(tmp_path: Path, zipped: bool) -> None:
+    """As timm's train.py leaves it."""
+    path, arguments = tmp_path / "model_best.pth.tar", argparse.Namespace(model="resnet10t", lr=0.1)
+    content = {"epoch": 3, "arch": "resnet10t", "state_dict": STATE, "state_dict_ema": EMA, "args": arguments}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    assert same(read(path)[0], STATE)
+    assert same(read(path, ema=True)[0], EMA)
+    arguments.folder = tmp_path
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(DoconvError, match=r"holds more than tensors.*PosixPath"):
+        read(path)
 
 
 @pytest.mark.parametrize("name", ["ema", "model_ema", "state_dict_ema", "ema_state_dict"])
