@@ -56,7 +56,8 @@ def _command(name: str, callback: Callable[..., object]) -> Iterator[str]:
 def _options(callback: Callable[..., object]) -> Iterator[str]:
     for parameter, declared, kind in _parameters(callback):
         if isinstance(declared, OptionInfo):
-            flags = sorted([declared.default, *(declared.param_decls or ())], key=len)  # Annotated's first is no default
+            # in Annotated, what typer keeps as the default is the first flag
+            flags = sorted([declared.default, *(declared.param_decls or ())], key=len)
             placeholder = "" if kind is bool else f" {declared.metavar or _placeholder(kind)}"
             yield f"- `{', '.join(flags)}{placeholder}`: {declared.help}{_default(parameter, declared, kind)}"
 

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+from itertools import groupby
 from pathlib import Path
 
 import pyte
@@ -27,13 +28,14 @@ from rich.text import Text
 
 DOCS = Path(__file__).resolve().parents[1]
 COLUMNS, ROWS = 80, 400
+COLOURS = {"brown": "yellow"}  # pyte's name for what everybody else calls yellow
 SCREENS = {
-    "demo": "doconv-convert demo",
+    "demo": "doconv-convert demo .",
     "plan": "doconv-convert to-doconv torchvision:squeezenet1_1 --dry-run",
-    "convert": "doconv-convert to-doconv doconv-demo/digits.py:digits -o start.safetensors",
+    "convert": "doconv-convert to-doconv digits.py:digits -o start.safetensors",
     "rehearse": "doconv-convert rehearse torchvision:squeezenet1_1",
-    "fold": "doconv-convert fold doconv-demo/trained.safetensors --onnx out.onnx",
-    "verify": "doconv-convert verify out.onnx --against doconv-demo/trained.safetensors",
+    "fold": "doconv-convert fold trained.safetensors --model digits.py:digits --onnx out.onnx",
+    "verify": "doconv-convert verify out.onnx --against trained.safetensors --model digits.py:digits",
     "certificate": "doconv-convert verify out.onnx --certificate out.certificate.json",
     "flops": "doconv-convert flops out.onnx --max 1M",
     "error": "doconv-convert to-doconv torchvision:resnet81 -o start.safetensors",
@@ -75,11 +77,10 @@ def lines_of(screen: pyte.Screen) -> list[Text]:
     """What stands on the screen, in its colours."""
     lines = []
     for row in range(screen.cursor.y):
+        cells = (screen.buffer[row][column] for column in range(COLUMNS))
         line = Text()
-        for column in range(COLUMNS):
-            cell = screen.buffer[row][column]
-            colour = None if cell.fg == "default" else cell.fg.replace("brown", "yellow")  # pyte's name for ANSI's 3
-            line.append(cell.data, Style(color=colour, bold=cell.bold))
+        for (colour, bold), run in groupby(cells, key=lambda cell: (cell.fg, cell.bold)):
+            line.append("".join(cell.data for cell in run), Style(color=COLOURS.get(colour, colour), bold=bold))
         line.rstrip()
         lines.append(line)
     return lines
