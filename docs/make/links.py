@@ -29,6 +29,6 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         target = normpath(join(folder, link[0]))
         if target.startswith("docs/") or target == "README.md":
             return relpath("index.md" if target == "README.md" else target.removeprefix("docs/"), dirname(place) or ".")
-        return f"{config.repo_url}/blob/main/{target}"  # tests/test_docs.py knows that it exists
+        return f"{config.extra['repository']}/blob/main/{target}"  # tests/test_docs.py knows that it exists
 
     return LINK.sub(lead, markdown)
