@@ -7,8 +7,9 @@ while to import, is then not loaded.
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -24,7 +25,6 @@ from doconv_convert.errors import CheckFailedError, DoconvError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.status import Status as Spinner
 
     from doconv_convert.check.proof import Proof, Status
     from doconv_convert.cli.github import GithubReport
@@ -53,8 +53,9 @@ class Output:
     as_json: bool
     quiet: bool
     document: dict[str, Any] = field(default_factory=dict)
-    spinner: Spinner | None = None
     github: GithubReport | None = None
+    step: Callable[[str], None] = lambda name: None
+    """Called with what is being done now; a terminal shows it."""
 
     @cached_property
     def terminal(self) -> bool:
@@ -67,13 +68,14 @@ class Output:
 
         return Console(stderr=self.as_json)
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, indent: int = 0) -> None:
+        """One paragraph; a terminal gets it broken between words, `indent` columns in from its second line on."""
         if self.github is not None:
             self.github.text(text)
         if self.quiet:
             return
         if self.terminal:
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self.console.print(_paragraph(text, indent), markup=False, highlight=False, soft_wrap=True)
         else:
             typer.echo(text, err=self.as_json)
 
@@ -83,12 +85,10 @@ class Output:
         if self.quiet or not self.terminal or not total:
             yield lambda: None
             return
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from doconv_convert.cli import progress
 
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=self.console, transient=True) as bar:
-            task = bar.add_task(doing, total=total)
-            yield lambda: bar.advance(task)
+        with progress.counting(self.console, doing, total) as advance:
+            yield advance
 
     def problem(self, text: str) -> None:
         """Say what a check found; GitHub shows it beside the file."""
@@ -99,11 +99,6 @@ class Output:
         if self.github is not None:
             typer.echo(self.github.error(text))
 
-    def step(self, text: str) -> None:
-        """What is being done now, on a terminal."""
-        if self.spinner is not None:
-            self.spinner.update(f"{text} ...")
-
     def table(self, head: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[int] = ()) -> None:
         """Rows under a head; the columns `right` hold numbers. On a terminal a state has its colour."""
         if self.github is not None:
@@ -111,20 +106,20 @@ class Output:
         if self.quiet:
             return
         cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
+        columns = get_terminal_size().columns
         if not self.terminal:
-            for line in plain_table(head, cells, right, get_terminal_size().columns):
-                typer.echo(line, err=self.as_json)
+            typer.echo("\n".join(plain_table(head, cells, right, columns)), err=self.as_json)
             return
-        from rich import box
-        from rich.table import Table
+        from rich.rule import Rule
         from rich.text import Text
 
-        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-        for index, title in enumerate(head):
-            table.add_column(title, justify="right" if index in right else "left", overflow="fold")
-        for row in cells:
-            table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
-        self.console.print(table)
+        first, *lines = _laid_out(head, cells, right, columns)
+        self.console.print(Text("".join(first), style="bold"))
+        self.console.print(Rule(style=""), width=sum(map(len, first)))
+        for line in lines:
+            text = Text.assemble(*((cell, _STYLES.get(cell.strip(), "")) for cell in line))
+            text.rstrip()
+            self.console.print(text)
 
     def proof(self, proof: Proof) -> None:
         """The statuses, a line each with what was found under it, and the verdict."""
@@ -142,12 +137,20 @@ class Output:
             raise error
         self.document = {"error": message or str(error), "exit_code": code}
         self.annotate(message or str(error))
-        typer.echo(f"error: {message or error}", err=True)
+        text = f"error: {message or error}"
+        typer.echo(_paragraph(text) if sys.stderr.isatty() else text, err=True)
         raise typer.Exit(code) from error
 
 
 def plain_table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int], columns: int) -> list[str]:
     """Aligned lines without colours or frames; the widest texts are folded until a line fits into `columns`."""
+    return ["".join(line).rstrip() for line in _laid_out(head, rows, right, columns)]
+
+
+def _laid_out(
+    head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int], columns: int
+) -> list[list[str]]:
+    """The lines' cells, padded."""
     widths = [max(len(line) for row in (head, *rows) for line in row[index].split("\n")) for index in range(len(head))]
     texts = [index for index in range(len(head)) if index not in right]
     while (excess := sum(widths) + 2 * (len(widths) - 1) - columns) > 0:
@@ -159,17 +162,28 @@ def plain_table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Seque
     for row in (head, *rows):
         folded = [_fold(cell, width) for cell, width in zip(row, widths, strict=True)]
         for line in zip_longest(*folded, fillvalue=""):
-            cells = [
+            padded = (
                 cell.rjust(widths[index]) if index in right else cell.ljust(widths[index])
                 for index, cell in enumerate(line)
-            ]
-            lines.append("  ".join(cells).rstrip())
+            )
+            lines.append([f"  {cell}" if index else cell for index, cell in enumerate(padded)])
     return lines
 
 
 def _fold(text: str, width: int) -> list[str]:
-    parts = (wrap(line, width, break_on_hyphens=False) or [""] for line in text.split("\n"))
-    return [line for part in parts for line in part]
+    """Lines between words; a name that is longer than a line is broken after a dot, '_' or '/' where it has one."""
+    lines = [line for part in text.split("\n") for line in _words(part, width) or [""]]
+    name = re.compile(rf".{{1,{width}}}$|.{{1,{width - 1}}}[._/]|.{{1,{width}}}")
+    return [part for line in lines for part in (name.findall(line) if len(line) > width else [line])]
+
+
+def _words(text: str, width: int, indent: int = 0) -> list[str]:
+    return wrap(text, width, subsequent_indent=" " * indent, break_on_hyphens=False, break_long_words=False)
+
+
+def _paragraph(text: str, indent: int = 0) -> str:
+    columns = get_terminal_size().columns
+    return "\n".join(line for part in text.split("\n") for line in _words(part, columns, indent) or [""])
 
 
 def _with_findings(status: Status) -> str:
@@ -180,13 +194,23 @@ def _with_findings(status: Status) -> str:
 
 @contextmanager
 def output(
-    as_json: bool, quiet: bool, debug: bool, doing: str = "", *, github: GithubReport | None = None
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+    steps: Mapping[str, float] | None = None,
+    *,
+    github: GithubReport | None = None,
 ) -> Iterator[Output]:
-    """Run a command's body: print its document at the end, and turn errors into messages and exit codes."""
+    """Run a command's body: print its document at the end, and turn errors into messages and exit codes.
+
+    `steps` are what it does, in order, with their usual parts of the whole time, for the time left.
+    """
     out = Output(as_json, quiet, github=github)
     try:
-        if doing and out.terminal and not quiet:
-            with out.console.status(f"{doing} ...") as out.spinner:
+        if steps and out.terminal and not quiet:
+            from doconv_convert.cli.progress import stepping
+
+            with stepping(out.console, steps) as out.step:
                 yield out
         else:
             yield out

@@ -40,7 +40,7 @@ def flops(
 ) -> None:
     """Count multiply-accumulates (MACs) of one sample; FLOPs = 2 x MACs."""
     as_json, github = o.chosen_format(form, as_json, model)
-    with output(as_json, quiet, debug, "counting", github=github) as shown:
+    with output(as_json, quiet, debug, {"counting": 1.0}, github=github) as shown:
         from doconv_convert.check.macs import compare_counts, format_macs, parse_macs
 
         most = None if budget is None else parse_macs(budget)

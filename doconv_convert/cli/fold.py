@@ -15,6 +15,8 @@ from doconv_convert.errors import UsageError
 if TYPE_CHECKING:
     from doconv_convert.artifacts.fold_keys import FoldedByKeys
 
+_STEPS = {"loading": 0.27, "folding": 0.03, "exporting": 0.66, "proving": 0.04}
+
 
 def fold(
     checkpoint: Annotated[Path, typer.Argument(help="A file of ours, a state dict, a foreign DO-Conv checkpoint.")],
@@ -58,7 +60,7 @@ def fold(
     # The exporting processes import torch while this one does too, and folds.
     children = 0 if onnx is None else 1 if no_verify else 2
     as_json, github = o.chosen_format(form, as_json, onnx or checkpoint)
-    with output(as_json, quiet, debug, "loading", github=github) as shown, waiting_children(children) as waiting:
+    with output(as_json, quiet, debug, _STEPS, github=github) as shown, waiting_children(children) as waiting:
         if out is None and onnx is None:
             raise UsageError("fold: name what to write: -o plain.safetensors, --onnx out.onnx, or both.")
         if out == onnx:

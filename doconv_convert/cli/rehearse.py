@@ -103,4 +103,4 @@ def _show(shown: Output, result: dict[str, Any], where: str) -> None:
     seconds = sum(step["seconds"] for step in result["steps"])
     shown.say(f"[{where}] {result['source']}: {result['status']} ({seconds:.1f} s)")
     for step in result["steps"]:
-        shown.say(f"    {step['name']:8} {step['state']:7} {step['seconds']:6.1f} s  {step['detail']}")
+        shown.say(f"    {step['name']:8} {step['state']:7} {step['seconds']:6.1f} s  {step['detail']}", indent=31)

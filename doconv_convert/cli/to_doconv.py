@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from doconv_convert.rewrite.cost import Cost
     from doconv_convert.rewrite.plan import Plan
 
+_STEPS = {"converting": 0.7, "comparing with the original": 0.3}
+
 
 def to_doconv(
     source: Annotated[
@@ -48,7 +50,7 @@ def to_doconv(
     debug: o.Debug = False,
 ) -> None:
     """Over-parameterize a model's convolutions; what it computes stays the same, bit for bit (checked)."""
-    with output(as_json, quiet, debug, "converting") as shown:
+    with output(as_json, quiet, debug, _STEPS) as shown:
         if out is None and not dry_run:
             raise UsageError("to-doconv: name the file to write with -o FILE, or pass --dry-run.")
         from doconv_convert.artifacts.checkpoint import save
