@@ -26,7 +26,7 @@ def prepare(folder: Path) -> Path:
     """The clone and the environment with the package as a reader installs it; returns its programs."""
     subprocess.run(["git", "clone", "--quiet", ROOT, folder / "doconv-convert"], check=True)
     subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
-    pip = [folder / "venv/bin/pip", "install", "--quiet"]
+    pip = [folder / "venv/bin/pip", "install", "-qq"]
     subprocess.run([*pip, folder / "doconv-convert"], check=True)
     subprocess.run([*pip, "--no-deps", OFFLINE], check=True)
     return folder / "venv/bin"

@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 FENCED = re.compile(
-    r"^(?:<!-- no-run: (?P<reason>[^\n]+) -->\n)?```(?P<language>\S[^\n]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+    r"^(?:<!-- no-run: (?P<reason>[^\n]+) -->\n)?```(?P<language>\S[^\n]*)\n(?P<code>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
 )
 FILE = re.compile(r"# (\w+\.py)\n")
 

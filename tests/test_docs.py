@@ -17,15 +17,18 @@ from support_docs import PAGES, ROOT, blocks, offline_weights, run, runnable
 
 from doconv_convert.artifacts import export_child
 
-# ImageNet-sized networks, or several processes.
-SLOW = {"README", "ci", "report", "fine_tuning", "torchrun"}
+# ImageNet's networks, or several processes.
+SLOW = {"README", "ci", "report", "fine_tuning", "timm_script", "torchrun"}
 
 
 # What stays unrun, and why. The first is .ci/run's, the others' ways are taken elsewhere: by `test_rehearse`'s reports,
 # `test_distributed.py` and recipes/torchrun.md, and the block below it.
 NO_RUN = [
     ("README", "the whole test suite; .ci/run runs it"),
-    ("timm_script", "two lines of another project's script; the script below calls the same parts of timm in that order"),
+    (
+        "timm_script",
+        "two lines of another project's script; the script below calls the same parts of timm in that order",
+    ),
     ("report", "hours; zoo.md tells what comes out"),
     ("training", "several processes; recipes/torchrun.md has it whole"),
 ]
@@ -63,8 +66,8 @@ def in_process(code: str) -> None:
 def absolute(job: export_child.ExportJob) -> export_child.ExportJob:
     """For an exporting child that is still in the folder of the test that started it."""
     paths = {name: Path(value).absolute() for name in export_child._PATHS if (value := getattr(job, name)) is not None}
-    source = replace(job.source, place=str(Path(job.source.place).absolute())) if job.source.kind == "file" else job.source
-    return replace(job, source=source, **paths)
+    text = str(Path(job.source.text).absolute()) if job.source.kind == "file" else job.source.text
+    return replace(job, source=replace(job.source, text=text), **paths)
 
 
 @pytest.fixture
