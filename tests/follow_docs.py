@@ -1,4 +1,4 @@
-"""Follows README and docs to the letter, in a clone and a new virtual environment: python tests/follow_docs.py [PAGE...]
+"""Follows README and docs to the letter, in a clone and a new environment: python tests/follow_docs.py [PAGE...]
 
 Each page's blocks run in order in a folder of the page's own, Python by the new environment, shell blocks by bash with
 its programs on PATH; the clone stands in the folder as `doconv-convert`, and README's folder is the clone. Ends with 1

