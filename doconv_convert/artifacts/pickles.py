@@ -28,7 +28,7 @@ _REPEATS = 64
 # A file of the format before torch 1.6: magic number, protocol, system, content, the storages' keys.
 _LEGACY_PICKLES = 5
 # What training scripts store beside the weights, timm's among them, and what does nothing when it is made: attributes.
-_INERT = [argparse.Namespace]
+_INERT: list[Any] = [argparse.Namespace]
 _ITEM_SIZES = {
     **dict.fromkeys(("ComplexDoubleStorage",), 16),
     **dict.fromkeys(("DoubleStorage", "LongStorage", "ComplexFloatStorage"), 8),

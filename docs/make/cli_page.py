@@ -28,7 +28,7 @@ def page() -> str:
         "Made by `python docs/make/cli_page.py` from the program. `-h` or `--help` after a command says the same;",
         "[screens.md](screens.md) shows what the commands print.",
         "",
-        "```sh",
+        "```text",
         "doconv-convert COMMAND ...",
         "```",
         "",
@@ -46,7 +46,7 @@ def page() -> str:
 def _command(name: str, callback: Callable[..., object]) -> Iterator[str]:
     arguments = [declared for declared in _parameters(callback) if isinstance(declared[1], ArgumentInfo)]
     usage = " ".join(_argument(*declared) for declared in arguments)
-    yield from (f"## {name}", "", str(callback.__doc__), "", "```sh")
+    yield from (f"## {name}", "", str(callback.__doc__), "", "```text")
     yield from (f"doconv-convert {name} {usage} [OPTIONS]", "```", "")
     for parameter, declared, kind in arguments:
         yield f"- `{parameter.name.upper()}`: {declared.help}{_default(parameter, declared, kind)}"

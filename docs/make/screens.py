@@ -1,6 +1,6 @@
 """docs/screens.md and its pictures: what the commands print on a terminal of 80 columns.
 
-    python docs/make/screens.py    (needs pyte, of the group `docs`; a minute)
+    python docs/make/screens.py    (needs pyte, of the group `docs`; minutes)
 
 The commands run one after the other in one folder, on a pseudo-terminal; pyte is the terminal that they write to.
 """
@@ -105,7 +105,7 @@ def main() -> None:
             print(command)
             screen = run_on_terminal([program, *shlex.split(command)[1:]], Path(folder), environment)
             (target / f"{name}.svg").write_text(picture(command, lines_of(screen)))
-            page += ["", f"## {SAID[name]}", "", "```sh", command, "```", "", f"![{SAID[name]}](screens/{name}.svg)"]
+            page += ["", f"## {SAID[name]}", "", "```text", command, "```", "", f"![{SAID[name]}](screens/{name}.svg)"]
     (DOCS / "screens.md").write_text("\n".join(page) + "\n")
 
 
