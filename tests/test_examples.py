@@ -63,6 +63,7 @@ def test_the_page_tells_pairs_and_intervals(study: Path, tmp_path: Path) -> None
     text = page.read_text()
     assert "Of 4 comparisons of the test accuracy" in text
     assert text.count("| digits |") == 4
-    picture = page.with_suffix(".svg").read_bytes()
+    pictures = [page.with_name(f"study_{what}.svg") for what in ("accuracy", "losses")]
+    first = [picture.read_bytes() for picture in pictures]
     python(STUDY / "summary.py", study, page)
-    assert page.with_suffix(".svg").read_bytes() == picture
+    assert [picture.read_bytes() for picture in pictures] == first
