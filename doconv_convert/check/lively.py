@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -37,13 +38,15 @@ SHIFT = 0.5
 LEAST_VARIANCE = 0.05
 # Samples of one batch must differ by more than this part of the output's scale.
 LIVELY = 1e-2
+# What is given a standard deviation.
+_LAYERS = (_ConvNd, nn.Linear)
 # A parameter tensor that is constant and below this is a switched-off scale (layer scale, zero-init residual).
 _OFF = 1e-3
 
 
-def make_lively(model: nn.Module, inputs: Any, seed: int = 0, one_sample: Any = None) -> None:
-    """Randomise a converted `model` in place, calibrated on `inputs` (a varied batch of 3 or more). What is known from
-    any forward is taken from `one_sample`, where given.
+def make_lively(model: nn.Module, inputs: Any, seed: int = 0, calls: Mapping[nn.Module, int] | None = None) -> None:
+    """Randomise a converted `model` in place, calibrated on `inputs` (a varied batch of 3 or more). `calls` says how
+    often a forward calls each module; where it is not known, one is run.
 
     D ~ N(0, 1/K) and weight_extra are drawn anew, batch norms get affine parameters and calibrated statistics
     jittered by 5 %, zero or switched-off parameters get values. The global random state is not touched.
@@ -55,7 +58,7 @@ def make_lively(model: nn.Module, inputs: Any, seed: int = 0, one_sample: Any = 
         for norm in _batch_norms(model):
             if norm.bias is not None:
                 norm.bias.add_(SHIFT)
-        _calibrate(model, inputs, _calls(model, inputs if one_sample is None else one_sample))
+        _calibrate(model, inputs, _calls(model, inputs) if calls is None else calls)
         for norm in _batch_norms(model):
             _jitter(norm, generator)
 
@@ -129,7 +132,7 @@ def _switch_on(model: nn.Module, generator: torch.Generator) -> None:
             _draw(parameter, 1 / math.sqrt(max(fan_in, 4)), generator)
 
 
-def _calibrate(model: nn.Module, inputs: Any, calls: Counter[nn.Module]) -> None:
+def _calibrate(model: nn.Module, inputs: Any, calls: Mapping[nn.Module, int]) -> None:
     """One forward in which the batch norms normalise by, and remember, the batch's own statistics, and every layer
     is scaled by what it gives."""
     norms = _batch_norms(model)
@@ -139,7 +142,8 @@ def _calibrate(model: nn.Module, inputs: Any, calls: Counter[nn.Module]) -> None
         norm.momentum = 1.0
         norm.training = True
     try:
-        with rescaling({layer: Rescale(_once if count == 1 else _repeated) for layer, count in calls.items()}):
+        layers = [module for module in calls if isinstance(module, _LAYERS)]
+        with rescaling({layer: Rescale(_once if calls[layer] == 1 else _repeated) for layer in layers}):
             run_model(model, inputs)
     finally:
         in_eval(model)
@@ -148,9 +152,9 @@ def _calibrate(model: nn.Module, inputs: Any, calls: Counter[nn.Module]) -> None
 
 
 def _calls(model: nn.Module, inputs: Any) -> Counter[nn.Module]:
-    """How often each convolution and linear layer is called in a forward."""
+    """How often each layer is called in a forward."""
     calls: Counter[nn.Module] = Counter()
-    layers = [module for module in model.modules() if isinstance(module, (_ConvNd, nn.Linear))]
+    layers = [module for module in model.modules() if isinstance(module, _LAYERS)]
     handles = [layer.register_forward_hook(lambda module, *_: calls.update([module])) for layer in layers]
     try:
         run_model(in_eval(model), inputs)

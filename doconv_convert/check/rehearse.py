@@ -25,7 +25,7 @@ from doconv_convert.check.lively import make_lively, require_lively, trained_fac
 from doconv_convert.check.outputs import SEEN
 from doconv_convert.check.proof import Proof
 from doconv_convert.check.release import Loaded, load_trained, release, write_inputs
-from doconv_convert.check.start import require_same_start
+from doconv_convert.check.start import require_same_output
 from doconv_convert.errors import DoconvError, UsageError
 from doconv_convert.rewrite.convert import convert, copy_model, refuse_wrapped, require_sites
 from doconv_convert.rewrite.discover import discover
@@ -184,11 +184,11 @@ def _until_the_fold(
     with _step(rehearsal, "convert") as told:
         require_sites(discovery)
         convert(discovery, options)
-        require_same_start(original, model, example)
+        require_same_output(type(original).__name__, discovery.forward.output, model, example)
         told("computes the same bits")
     with _step(rehearsal, "lively") as told:
         arguments = inputs.arguments(inputs.fixed_batch or LIVELY_BATCH)
-        make_lively(model, arguments, seed, example)
+        make_lively(model, arguments, seed, discovery.forward.entered)
         if inputs.image_list:
             draw_heads(model, arguments, torch.Generator().manual_seed(seed))
         spread, moved = _liveliness(model, inputs)

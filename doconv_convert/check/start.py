@@ -32,7 +32,7 @@ def require_same_start(
     if device is not None and device.type != "cpu":
         original, converted, inputs = original.to(device), converted.to(device), to_device(inputs, device)
     with full_precision():
-        _compare(name, original, converted, inputs)
+        require_same_output(name, run_in_eval(original, inputs), converted, inputs)
 
 
 def require_same_function(trained: nn.Module, plain: nn.Module, converted: nn.Module, inputs: Any) -> str:
@@ -61,8 +61,8 @@ def require_same_function(trained: nn.Module, plain: nn.Module, converted: nn.Mo
     return f"off by {worst:.1e} of the output's scale from the foreign model in float64"
 
 
-def _compare(name: str, original: nn.Module, converted: nn.Module, inputs: Any) -> None:
-    expected = run_in_eval(original, inputs)
+def require_same_output(name: str, expected: Any, converted: nn.Module, inputs: Any) -> None:
+    """`require_same_start` against the output `expected` of the original, called `name`."""
     tensors = output_tensors(expected)
     if not tensors:
         raise DoconvError(f"{name} has no tensor outputs, so its start cannot be compared.")

@@ -33,13 +33,15 @@ class Discovery:
     """What was found in a model.
 
     `not_looked_into` names the modules whose own forward could neither be traced nor was run: a functional
-    convolution in there would go unseen.
+    convolution in there would go unseen. `forward` is what the example inputs' run did,
+    empty without them.
     """
 
     model: nn.Module
     sites: list[Site]
     regions: list[Region]
     not_looked_into: list[str]
+    forward: Forward
 
 
 class _Sites:
@@ -85,13 +87,13 @@ def discover(model: nn.Module, example_inputs: Any = None) -> Discovery:
     for region in regions.traced:
         for graph in region.graphs:
             _read_graph(sites, model, region, graph)
-    unseen = regions.untraced
+    unseen, forward = regions.untraced, Forward()
     if example_inputs is not None:
         forward = watch_forward(model, example_inputs)
         paths = {id(module): path for path, module in model.named_modules()}
         _read_forward(sites, forward, paths)
-        unseen = [path for path in unseen if id(model.get_submodule(path)) not in forward.entered]
-    return Discovery(model, sites.in_order(), regions.traced, unseen)
+        unseen = [path for path in unseen if model.get_submodule(path) not in forward.entered]
+    return Discovery(model, sites.in_order(), regions.traced, unseen, forward)
 
 
 def _classify_module(sites: _Sites, path: str, module: nn.Module) -> None:

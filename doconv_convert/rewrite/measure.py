@@ -6,6 +6,7 @@ in, so this one way serves every model.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,12 +40,14 @@ class Watched:
 
 @dataclass
 class Forward:
-    """What a forward did: per Parameter id (W's where the kernel is composed) and kernels of no Parameter."""
+    """What a forward did: per Parameter id (W's where the kernel is composed) and kernels of no Parameter; how often
+    each module was entered, and the output."""
 
     by_parameter: dict[int, Watched] = field(default_factory=dict)
     odd_kernels: list[tuple[nn.Module, Reason, tuple[int, ...]]] = field(default_factory=list)
     read_elsewhere: set[int] = field(default_factory=set)
-    entered: set[int] = field(default_factory=set)
+    entered: Counter[nn.Module] = field(default_factory=Counter)
+    output: Any = None
 
 
 def run_model(model: nn.Module, example_inputs: Any) -> Any:
@@ -69,7 +72,7 @@ def watch_forward(model: nn.Module, example_inputs: Any) -> Forward:
     ):
         for module in model.modules():
             module.training = False
-        run_model(model, example_inputs)
+        forward.output = run_model(model, example_inputs)
     return forward
 
 
@@ -87,7 +90,7 @@ def _factors(model: nn.Module) -> Iterator[tuple[Tensor | None, ...]]:
 def _module_stack(model: nn.Module, stack: list[nn.Module], forward: Forward) -> Iterator[None]:
     def enter(module: nn.Module, args: Any) -> None:
         stack.append(module)
-        forward.entered.add(id(module))
+        forward.entered[module] += 1
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         stack.pop()
