@@ -53,7 +53,7 @@ def test_every_argument_is_documented_and_typed(name: str) -> None:
     assert inspect.Signature.empty not in typed
 
 
-@pytest.mark.parametrize("name", set(OBJECTS) - set(FUNCTIONS))
+@pytest.mark.parametrize("name", sorted(set(OBJECTS) - set(FUNCTIONS)))
 def test_classes_and_their_methods_are_documented(name: str) -> None:
     own = {key: value for key, value in vars(OBJECTS[name]).items() if inspect.isfunction(value)}
     assert OBJECTS[name].__doc__
