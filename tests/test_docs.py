@@ -19,7 +19,7 @@ from support_docs import PAGES, ROOT, blocks, offline_weights, run, runnable
 from doconv_convert.artifacts import export_child
 
 # ImageNet's networks, or several processes.
-SLOW = {"README", "ci", "report", "fine_tuning", "lightning", "timm_script", "torchrun"}
+SLOW = {"README", "ci", "deployment", "fine_tuning", "lightning", "report", "timm_script", "torchrun"}
 
 # A page's block says why it is not run. What has it instead:
 NO_RUN = {

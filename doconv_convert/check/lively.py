@@ -88,7 +88,7 @@ def sample_spread(outputs: list[Tensor], samples: int) -> float:
     spreads = [0.0]
     for output in outputs:
         if output.is_floating_point() and output.dim() and output.shape[0] == samples > 1:
-            exact = output.double()
+            exact = output.detach().double()
             scale = float(exact.norm())
             spreads.append(float((exact - exact.mean(0)).norm()) / scale if scale else 0.0)
     return max(spreads)
