@@ -29,20 +29,19 @@ def rows(path: Path) -> dict[tuple[str, str, str, int], dict]:
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("study") / "study.jsonl"
-    nets = ["--data", "digits", "--nets", "stack", "separable", "--seeds", "2", "--epochs", "1", "--jobs", "1"]
+    nets = ["--data", "digits", "--nets", "stack", "--seeds", "2", "--epochs", "1", "--jobs", "1"]
     python(STUDY / "study.py", *nets, "--resume", path)
     return path
 
 
 def test_the_arms_of_a_pair_start_as_one_function_and_part(study: Path) -> None:
     found = rows(study)
-    assert len(found) == 2 * 3 * 2
-    for net in ("stack", "separable"):
-        for seed in (0, 1):
-            plain, *others = (found["digits", net, arm, seed]["losses"] for arm in ("plain", "K", "2K"))
-            for losses in others:
-                assert losses[0] == plain[0]
-                assert losses[-1] != plain[-1]
+    assert len(found) == 3 * 2
+    for seed in (0, 1):
+        plain, *others = (found["digits", "stack", arm, seed]["losses"] for arm in ("plain", "K", "2K"))
+        for losses in others:
+            assert losses[0] == plain[0]
+            assert losses[-1] != plain[-1]
     assert found["digits", "stack", "plain", 0]["losses"][0] != found["digits", "stack", "plain", 1]["losses"][0]
 
 
@@ -52,7 +51,7 @@ def test_a_cell_run_again_gives_the_same_numbers(study: Path, tmp_path: Path) ->
     again.write_text("\n".join(lines[:-1]) + "\n")
     shown = python(
         STUDY / "study.py",
-        *["--data", "digits", "--nets", "stack", "separable", "--seeds", "2", "--epochs", "1", "--resume", again],
+        *["--data", "digits", "--nets", "stack", "--seeds", "2", "--epochs", "1", "--resume", again],
     )
     assert shown.startswith("[1/1]")
     (first,), second = [json.loads(lines[-1])], json.loads(again.read_text().splitlines()[-1])
@@ -70,5 +69,5 @@ def test_the_page_tells_pairs_and_intervals(study: Path, tmp_path: Path, monkeyp
         drawn.append([picture.read_bytes() for picture in pictures])
     assert drawn[0] == drawn[1]
     text = page.read_text()
-    assert "Of 4 comparisons of the test accuracy" in text
-    assert text.count("| digits |") == 4
+    assert "Of 2 comparisons of the test accuracy" in text
+    assert text.count("| digits |") == 2

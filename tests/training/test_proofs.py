@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 SOURCE = f"{support_training.__file__}:{{}}"
 # Exporting twice takes seconds: the others are long runs.
-PROVEN = [("AMP bf16", "layers"), ("torch.compile", "functional")]
+PROVEN = [("AdamW fused", "layers"), ("torch.compile", "functional")]
 both_kinds = pytest.mark.parametrize("kind", NETS)
 
 
