@@ -9,6 +9,7 @@ screenshots with Chromium. A few minutes on two cores.
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from study import train  # noqa: E402
 from support_browser import browser  # noqa: E402
 
 CELL = "fashion", "resnet", "K", 0
-SOURCE = f"{ROOT / 'examples/study/nets.py'}:resnet"
+NETS = ROOT / "examples/study/nets.py"
 # Of the page: the checks on a phone, the pictures on a desk, in both themes.
 SHOTS = (("phone-light", 390, False, None), ("desk-dark", 1440, True, "#pictures"))
 SHOT_HEIGHT = {390: 844, 1440: 1020}
@@ -43,8 +44,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         save(model, work / "trained.safetensors")
+        shutil.copy(NETS, work)  # the page names the network as the command line does
         np.save(work / "images.npy", DATA[CELL[0]]()[1][0][:3].numpy())
-        command = ["fold", "trained.safetensors", "--model", SOURCE, "--onnx", "resnet.onnx", "--input", "images.npy"]
+        command = [
+            "fold",
+            "trained.safetensors",
+            "--model",
+            "nets.py:resnet",
+            "--onnx",
+            "resnet.onnx",
+            "--input",
+            "images.npy",
+        ]
         run = [sys.executable, "-m", "doconv_convert", *command, "--report", str(page)]
         subprocess.run(run, cwd=work, check=True)
         with browser(work / "profile") as tab:
