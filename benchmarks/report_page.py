@@ -56,7 +56,7 @@ def main() -> None:
             "--input",
             "images.npy",
         ]
-        run = [sys.executable, "-m", "doconv_convert", *command, "--report", str(page)]
+        run = [sys.executable, "-m", "doconv_convert", *command, "--input", "images.npy", "--report", str(page)]
         subprocess.run(run, cwd=work, check=True)
         with browser(work / "profile") as tab:
             for shot, width, dark, place in SHOTS:
