@@ -46,17 +46,8 @@ def main() -> None:
         save(model, work / "trained.safetensors")
         shutil.copy(NETS, work)  # the page names the network as the command line does
         np.save(work / "images.npy", DATA[CELL[0]]()[1][0][:3].numpy())
-        command = [
-            "fold",
-            "trained.safetensors",
-            "--model",
-            "nets.py:resnet",
-            "--onnx",
-            "resnet.onnx",
-            "--input",
-            "images.npy",
-        ]
-        run = [sys.executable, "-m", "doconv_convert", *command, "--input", "images.npy", "--report", str(page)]
+        files = ["trained.safetensors", "--onnx", "resnet.onnx", "--input", "images.npy", "--report", str(page)]
+        run = [sys.executable, "-m", "doconv_convert", "fold", "--model", f"{NETS.name}:resnet", *files]
         subprocess.run(run, cwd=work, check=True)
         with browser(work / "profile") as tab:
             for shot, width, dark, place in SHOTS:
