@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -29,6 +30,24 @@ def model_names(library: str) -> list[str]:
     from torchvision.models import list_models
 
     return sorted(list_models())
+
+
+def expand(texts: Sequence[str]) -> list[str]:
+    """Sources with the globs in `torchvision:*` and `timm:resnet*` replaced by the names that match.
+
+    Raises UsageError for a glob that matches nothing.
+    """
+    found: list[str] = []
+    for text in texts:
+        library, _, pattern = text.partition(":")
+        if library not in ("torchvision", "timm") or not any(mark in pattern for mark in "*?["):
+            found.append(text)
+            continue
+        names = [name for name in model_names(library) if fnmatchcase(name, pattern)]
+        if not names:
+            raise UsageError(f"'{text}' matches no model of {library}.")
+        found += [f"{library}:{name}" for name in names]
+    return found
 
 
 def check_torchvision(name: str) -> None:

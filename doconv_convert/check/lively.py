@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -81,6 +82,20 @@ def trained_factors(model: nn.Module) -> list[tuple[Tensor, Tensor | None]]:
         if d is not None:
             found[id(d)] = d, parameters.get(kernel.extra_name)
     return list(found.values())
+
+
+@contextmanager
+def composing_in_float64(model: nn.Module) -> Iterator[None]:
+    """Kernels composed inside are composed in float64 and cast once, as the fold does: what it leaves computes the same
+    bits."""
+    narrow = [(d, d.data) for d, _ in trained_factors(model)]
+    for d, value in narrow:
+        d.data = value.double()
+    try:
+        yield
+    finally:
+        for d, value in narrow:
+            d.data = value
 
 
 def sample_spread(outputs: list[Tensor], samples: int) -> float:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from doconv_convert.nn.layers import DOConv1d, DOConv2d, DOConv3d
 
-# Layers whose output is linear in their kernel; subclasses may standardise theirs.
+# Layers whose output is linear in their kernel, and classes that keep their forward; others may standardise theirs.
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, DOConv1d, DOConv2d, DOConv3d)
+_FORWARDS = {(cls.forward, getattr(cls, "_conv_forward", None)) for cls in _LINEAR}
 
 # From a layer's output to the factor that its kernel should take.
 Factor = Callable[[Tensor], float]
@@ -46,7 +47,7 @@ class Rescale:
         for name in ("weight", "weight_extra"):
             if layer._parameters.get(name) is not None:
                 layer._parameters[name].mul_(factor)
-        if type(layer) in _LINEAR:
+        if (type(layer).forward, getattr(type(layer), "_conv_forward", None)) in _FORWARDS:
             return _rescaled(layer, output, factor)
         return layer.forward(*args)  # type: ignore[no-any-return]
 

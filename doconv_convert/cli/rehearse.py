@@ -36,7 +36,8 @@ def rehearse(
     """Rehearse conversion, fold, export and proof: a line a model, a status a step."""
     with output(as_json, quiet, debug) as shown:
         o.check_report(report, resume)
-        from doconv_convert.check.rehearse import CANNOT_EXPORT, expand
+        from doconv_convert.artifacts.zoos import expand
+        from doconv_convert.check.rehearse import CANNOT_EXPORT
 
         wanted = expand(sources)
         o.announce_code(shown, *wanted)

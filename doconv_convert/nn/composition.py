@@ -55,7 +55,8 @@ def compose_kernel(weight: Tensor, d: Tensor, weight_extra: Tensor | None = None
 
     Returns:
         (C_out, C_in/g, *kernel_size) in weight's dtype and memory format. It is computed in float32 or
-        better with autocast off and cast once: half precision would lose most small entries of D.
+        better (where D is float64, in that) with autocast off and cast once: half precision would lose most small
+        entries of D.
     """
     if isinstance(d, fx.Proxy):
         return _as_one_node(compose_kernel, weight, d, weight_extra, groups)
@@ -63,7 +64,7 @@ def compose_kernel(weight: Tensor, d: Tensor, weight_extra: Tensor | None = None
     # A context manager costs more than a small composition: enter it only where there is something to switch off.
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        dtype = torch.promote_types(torch.promote_types(weight.dtype, d.dtype), torch.float32)
         first = weight.flatten(2).to(dtype)
         slots = first if weight_extra is None else torch.cat([first, weight_extra.to(dtype)], dim=2)
         kernel = _plus_product(first, slots, d.to(dtype), groups).reshape(weight.shape).to(weight.dtype)

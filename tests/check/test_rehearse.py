@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import randomise
 from torch import Tensor, nn
 from torchvision.models import list_models
 from typer.testing import CliRunner, Result
 
-from doconv_convert import DoconvError, UsageError, to_doconv
+from doconv_convert import DoconvError, UsageError, fold, to_doconv
+from doconv_convert.artifacts.zoos import expand
 from doconv_convert.check import rehearse as rehearsing
-from doconv_convert.check.lively import LIVELY, make_lively, require_lively, sample_spread
-from doconv_convert.check.rehearse import CANNOT_EXPORT, expand, rehearse
+from doconv_convert.check.lively import LIVELY, composing_in_float64, make_lively, require_lively, sample_spread
+from doconv_convert.check.rehearse import CANNOT_EXPORT, rehearse
 from doconv_convert.check.rescale import Rescale, rescaling, to_deviation
 from doconv_convert.cli import workers
 from doconv_convert.cli.app import app
@@ -145,6 +147,18 @@ def test_two_rows_of_d_swapped_in_the_fold_are_caught(name: str, monkeypatch: py
     result = rehearse(f"{SAMPLES / name}.py:{name}", export=False)
     assert result.status == "fold failed"
     assert "differ by" in result.steps[-1].detail
+
+
+def test_composed_in_float64_a_layer_computes_the_bits_of_its_fold() -> None:
+    model = randomise(
+        to_doconv(nn.Sequential(nn.Conv2d(16, 32, 3), nn.Conv2d(32, 32, 3, groups=4)), d_mul="2K"), seed=0
+    )
+    factors, x = [p.clone() for p in model.parameters()], torch.randn(2, 16, 9, 9)
+    with torch.no_grad(), composing_in_float64(model):
+        exact = model(x)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(factors, model.parameters(), strict=True))
+    assert not torch.equal(exact, model(x)), "float32 rounds otherwise, or nothing was compared"
+    assert torch.equal(exact, fold(model)(x))
 
 
 SAMPLE_OF_THE_ZOO = [
