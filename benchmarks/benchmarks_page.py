@@ -102,9 +102,10 @@ def rehearsal_cost(data: dict[str, Any]) -> list[str]:
     each = statistics.quantiles((row["rehearsal"] / row["plain"] for row in rows), n=4)
     passed = sum(row["status"] == "passed" for row in rows)
     return [
-        f"`rehearse --no-export` of {len(rows)} torchvision names ({passed} passed) over building each and running it "
-        f"once at batch 2, turn by turn in one process: **{data['ratio']:.2f}** times in sum; half of the names are "
-        f"between {each[0]:.1f} and {each[2]:.1f}, the median is {each[1]:.1f}.",
+        f"`rehearse --no-export --seed {data['seed']}` of {len(rows)} torchvision names ({passed} passed) over "
+        "building each and running it once at batch 2, turn by turn in one process: "
+        f"**{data['ratio']:.2f}** times in sum; half of the names are between {each[0]:.1f} and {each[2]:.1f}, the "
+        f"median is {each[1]:.1f}.",
     ]
 
 
