@@ -53,7 +53,8 @@ class Step:
 @dataclass
 class Rehearsal:
     """How one model fared. `counts` says how many convolutions were swapped, have no D, or were kept and why;
-    `layers` are those convolutions; `exporter` and `dynamic_batch` say what the export turned out to be."""
+    `layers` are those convolutions; `exporter` and `dynamic_batch` say what the export turned out to be; `settings`
+    are `rehearse`'s other arguments."""
 
     source: str
     steps: list[Step] = field(default_factory=list)
@@ -63,6 +64,7 @@ class Rehearsal:
     exporter: str | None = None
     dynamic_batch: bool | None = None
     proof: Proof | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def status(self) -> str:
@@ -101,9 +103,11 @@ def rehearse(
     fold). `model_args` are the builder's arguments, `input_shapes` as in `--input-shape` ("1,3,224,224") for sources
     that do not tell. The `waiting` children, where there are some, take the exports.
     """
-    rehearsal = Rehearsal(source)
+    model_args = model_args or {}
+    settings = {"model_args": model_args, "seed": seed, "export": export, "input_shapes": [*input_shapes]}
+    rehearsal = Rehearsal(source, settings=settings)
     with suppress(_Stop):
-        ready = _until_the_fold(rehearsal, source, model_args or {}, seed, input_shapes, keep=export)
+        ready = _until_the_fold(rehearsal, source, model_args, seed, input_shapes, keep=export)
         if export:
             _export_and_prove(rehearsal, ready, waiting)
     return rehearsal

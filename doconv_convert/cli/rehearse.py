@@ -19,7 +19,11 @@ def rehearse(
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Processes side by side.")] = 1,
     resume: Annotated[
         Path | None,
-        typer.Option("--resume", metavar="FILE", help="Add each result to FILE (JSON lines), skip what is there."),
+        typer.Option(
+            "--resume",
+            metavar="FILE",
+            help="Add each result to FILE (JSON lines), skip what it has of the same settings.",
+        ),
     ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 1 where the original cannot be exported.")
@@ -41,13 +45,13 @@ def rehearse(
 
         wanted = expand(sources)
         o.announce_code(shown, *wanted)
-        known = _read(resume)
         settings = {
             "model_args": o.parse_model_args(model_args),
             "seed": seed,
             "export": not no_export,
             "input_shapes": input_shape or [],
         }
+        known = _read(resume, settings)
         todo = [text for text in wanted if text not in known]
         with shown.counting("rehearsing", len(todo)) as advance:
             for index, result in enumerate(_results(todo, settings, jobs), 1):
@@ -90,12 +94,14 @@ def _children(settings: dict[str, Any]) -> int:
     return 2 if settings["export"] else 0
 
 
-def _read(resume: Path | None) -> dict[str, dict[str, Any]]:
+def _read(resume: Path | None, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The results by their sources: those of the same settings, with the export where it is asked for."""
     if resume is None or not resume.exists():
         return {}
     try:
         results = [json.loads(line) for line in resume.read_text().splitlines() if line.strip()]
-        return {result["source"]: result for result in results}
+        serving = [settings, {**settings, "export": True}]
+        return {result["source"]: result for result in results if result["settings"] in serving}
     except (ValueError, KeyError, TypeError) as error:
         raise DoconvError(f"'{resume}' is not a file of rehearsal results ({error}); name another one.") from error
 

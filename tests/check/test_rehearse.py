@@ -94,6 +94,20 @@ def test_without_export_it_stops_after_the_fold() -> None:
     assert result.steps[-1].name == "fold"
 
 
+def test_results_of_other_settings_are_not_taken_from_the_file(tmp_path: Path) -> None:
+    source, file = f"{SAMPLES / 'functional.py'}:functional", tmp_path / "results.jsonl"
+    for options, made in (
+        (["--no-export"], 1),
+        (["--no-export"], 1),
+        (["--no-export", "--seed", 1], 2),
+        ([], 3),
+        (["--no-export"], 3),
+    ):
+        assert command(source, "--resume", file, *options).exit_code == 0
+        assert len(file.read_text().splitlines()) == made, options
+    assert command(source, "--resume", file, "--json").stdout.count('"proven": true') > 0
+
+
 @pytest.mark.parametrize("options", [["--no-export"], pytest.param([], marks=pytest.mark.zoo)])
 def test_two_processes_give_what_one_does(options: list[str]) -> None:
     sources = [f"{SAMPLES / name}.py:{name}" for name in ("functional", "tied", "grouped")]
