@@ -43,6 +43,8 @@ def _rehearsals(library: str, data: Path) -> list[str]:
     for seed, rows in seeds.items():
         if rows is not first:
             lines += _agreement(first, rows, seed)
+    if library == "torchvision":
+        lines += _starts_and_folds(first, data.parent / "benchmarks/rehearsal_cost.json")
     lines += _false_alarms(list(seeds.values()))
     lines += ["", *_head("model", "status", "exporter", "swapped", "no D", "kept", "worst", "reach", "s")]
     for row in first:
@@ -93,6 +95,21 @@ def _agreement(first: Sequence[Row], rows: Sequence[Row], seed: int) -> list[str
     differing = [row["source"] for row in both if row["states"] != known[row["source"]]]
     same = f"- Seed {seed}: {len(both)} models, {len(both) - len(differing)} with the same statuses."
     return [f"{same} {', '.join(differing)}".rstrip()]
+
+
+def _starts_and_folds(first: Sequence[Row], cost: Path) -> list[str]:
+    """What `rehearsal_cost.py` saw at its seed, which stops after the fold."""
+    if not cost.exists():
+        return []
+    data = json.loads(cost.read_text())
+    statuses = {row["source"]: row["status"] for row in data["rows"]}
+    folded = {row["source"]: row["states"].get("fold") for row in first}
+    same = [source for source, state in folded.items() if (statuses.get(source) == "passed") is (state == "passed")]
+    passed = sum(status == "passed" for status in statuses.values())
+    return [
+        f"- Start and fold alone, at seed {data['seed']}: {passed} of {len(statuses)} passed; {len(same)} models as at the "
+        "first seed.",
+    ]
 
 
 def _folds(rows: Sequence[Row]) -> list[str]:
