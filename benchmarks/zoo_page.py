@@ -107,8 +107,8 @@ def _starts_and_folds(first: Sequence[Row], cost: Path) -> list[str]:
     same = [source for source, state in folded.items() if (statuses.get(source) == "passed") is (state == "passed")]
     passed = sum(status == "passed" for status in statuses.values())
     return [
-        f"- Start and fold alone, at seed {data['seed']}: {passed} of {len(statuses)} passed; {len(same)} models as at the "
-        "first seed.",
+        f"- Start and fold alone, at seed {data['seed']}: {passed} of {len(statuses)} passed; {len(same)} models as "
+        "at the first seed.",
     ]
 
 
