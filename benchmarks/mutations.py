@@ -31,6 +31,7 @@ from doconv_convert import to_doconv
 from doconv_convert.artifacts.inputs import InputSpec
 from doconv_convert.artifacts.models import Inputs, Opened, find_inputs
 from doconv_convert.artifacts.onnx_export import export_onnx
+from doconv_convert.artifacts.recipe import recipe_sites
 from doconv_convert.artifacts.sources import Source, build, parse_source
 from doconv_convert.check.detectors import draw_heads, rehearsal_source
 from doconv_convert.check.lively import make_lively, randomise_factors
@@ -123,7 +124,7 @@ def exported(source: Source, trained: nn.Module, inputs: Inputs, folder: Path, s
     export_onnx(plain, inputs.arguments(inputs.export_batch), baseline)
     batch = inputs.proof_batch if report.dynamic_batch else inputs.export_batch
     side = torch_side(trained, folded, inputs.arguments(batch), batch)
-    return Case(trained, folded, candidate, baseline, side, fold_status(trained, fold), inputs)
+    return Case(trained, folded, candidate, baseline, side, fold_status(recipe_sites(trained), fold), inputs)
 
 
 def real_mobilenet(model: nn.Module) -> Inputs:

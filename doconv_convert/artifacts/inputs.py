@@ -136,8 +136,8 @@ def _torchvision_inputs(source: Source, model: nn.Module) -> list[InputSpec]:
     crop = torchvision_weights(source.name, source.variant or "DEFAULT").transforms().crop_size
     if family == "video":
         return [InputSpec(name, (1, 3, VIDEO_FRAMES, crop[0], crop[-1]))]
-    # the vision transformers are built for one size, which is an argument
-    size = source.args.get("image_size", source.args.get("input_size", crop))
+    # the vision transformers are built for one size: an argument or an attribute; vit_h_14's weights are for another
+    size = source.args.get("image_size", source.args.get("input_size", getattr(model, "image_size", crop)))
     return [InputSpec(name, (1, 3, *_pair(size)))]
 
 

@@ -12,29 +12,43 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from doconv_convert.errors import DoconvError, UsageError
-from doconv_convert.rewrite.convert import copy_model
 from doconv_convert.rewrite.measure import run_model
 from doconv_convert.rewrite.modes import in_eval
+from doconv_convert.rewrite.tracing import undisturbed
 
 
 def run_float64(model: nn.Module, inputs: Any) -> list[Tensor]:
     """The outputs' tensors, in order, of `model` in eval mode in float64, also where its own code asks for
-    float32 (RAFT's coordinate grids do). The model itself is not changed.
+    float32 (RAFT's coordinate grids do). Afterwards the model has its own dtypes and values again.
 
     Raises DoconvError where the model does not run in float64."""
-    return run_widened(copy_model(model).double(), inputs)
-
-
-def run_widened(model: nn.Module, inputs: Any) -> list[Tensor]:
-    """`run_float64` of a model that is in float64 already, which is left in eval mode."""
     try:
-        with torch.no_grad(), _float64_by_default(), _WidenFloats():
+        with torch.no_grad(), _widened(model), _float64_by_default(), _WidenFloats():
             return output_tensors(run_model(in_eval(model), tree_map(widen, inputs)))
     except Exception as error:  # the user's forward
         raise DoconvError(
             f"{type(model).__name__} does not run in float64, which its outputs are judged by ({type(error).__name__}: "
             f"{error}); skip the proof with --no-verify, or keep its constants in buffers."
         ) from error
+
+
+@contextmanager
+def _widened(model: nn.Module) -> Iterator[None]:
+    """The model itself in float64: a copy of a large one would take three times its weights."""
+    parameters = [(p, p.dtype) for p in model.parameters() if p.is_floating_point()]
+    buffers = [(b, b.data) for b in model.buffers()]  # a forward may write into these
+    for parameter, _ in parameters:
+        parameter.data = parameter.data.double()
+    for buffer, value in buffers:
+        buffer.data = widen(value.clone())
+    try:
+        with undisturbed(model):
+            yield
+    finally:
+        for parameter, dtype in parameters:
+            parameter.data = parameter.data.to(dtype)
+        for buffer, value in buffers:
+            buffer.data = value
 
 
 def run_inputs(model: nn.Module, inputs: Any) -> Any:

@@ -19,10 +19,12 @@ from doconv_convert.artifacts.models import Inputs, Opened, find_inputs
 from doconv_convert.artifacts.sources import Source, build, parse_source
 from doconv_convert.check.detectors import draw_heads, rehearsal_source
 from doconv_convert.check.exact import output_tensors
+from doconv_convert.check.exporting import give_up, write_inputs
 from doconv_convert.check.lively import composing_in_float64, make_lively, require_lively, trained_factors
+from doconv_convert.check.loaded import Loaded, load_trained
 from doconv_convert.check.outputs import SEEN
 from doconv_convert.check.proof import Proof
-from doconv_convert.check.release import Loaded, load_trained, release, write_inputs
+from doconv_convert.check.release import release
 from doconv_convert.check.start import require_same_output
 from doconv_convert.errors import DoconvError, UsageError
 from doconv_convert.rewrite.convert import convert, copy_model, refuse_wrapped, require_sites, same_outputs
@@ -241,6 +243,7 @@ def _export_and_prove(rehearsal: Rehearsal, ready: _Ready, waiting: Sequence[Chi
         folder = Path(name)
         with _step(rehearsal, "save"):
             save(ready.model, folder / "lively.safetensors", source=ready.source)
+            give_up(ready.model)
             loaded: Loaded = load_trained(folder / "lively.safetensors", ready.source, Options())
         start = time.perf_counter()
         try:

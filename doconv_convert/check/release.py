@@ -4,66 +4,30 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from doconv_convert.artifacts.checkpoint import (
-    fitted,
-    load_into,
-    save,
-)
-from doconv_convert.artifacts.export_child import Child, ExportJob, export_in_child
+from doconv_convert.artifacts.checkpoint import save
+from doconv_convert.artifacts.export_child import Child
 from doconv_convert.artifacts.files import atomic_write, check_writable
-from doconv_convert.artifacts.models import Inputs, notes_on
+from doconv_convert.artifacts.models import Inputs
 from doconv_convert.artifacts.onnx_export import ExportReport
 from doconv_convert.artifacts.onnx_file import install_model
-from doconv_convert.artifacts.reading import Checkpoint, read_checkpoint, require_finite
-from doconv_convert.artifacts.recipe import recipe_sites
-from doconv_convert.artifacts.selection import Selection
-from doconv_convert.artifacts.sources import Source, build
+from doconv_convert.artifacts.recipe import RecipeSite, recipe_sites
 from doconv_convert.check.certificate import Origin, remove_certificate, write_certificate
-from doconv_convert.check.proof import Proof, Status, TorchSide, prove
+from doconv_convert.check.exporting import Flags, export_and_run, export_job, threads_beside, write_inputs
+from doconv_convert.check.loaded import Loaded, fold_loaded
+from doconv_convert.check.proof import Proof, Status, prove
 from doconv_convert.check.start import run_in_eval
-from doconv_convert.check.torch_side import resized_side, torch_side
-from doconv_convert.errors import DoconvError, UsageError
-from doconv_convert.rewrite.convert import copy_model
-from doconv_convert.rewrite.fold import FoldReport, fold_in_place
+from doconv_convert.errors import DoconvError
+from doconv_convert.rewrite.fold import FoldReport
 from doconv_convert.rewrite.folding import FOLD_TOLERANCE
-from doconv_convert.rewrite.modes import in_eval
-from doconv_convert.rewrite.sites import Options
 from doconv_convert.rewrite.trained import Layer, trained_layers
-
-SIDE_BY_SIDE_BYTES = 2**30
-
-
-@dataclass(frozen=True)
-class Flags:
-    """How to export: as in `export_onnx`."""
-
-    opset: int | None = None
-    input_names: Sequence[str] | None = None
-    output_names: Sequence[str] | None = None
-    dynamic_batch: bool = True
-    dynamic: Mapping[str, Mapping[int, str]] | None = None
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A checkpoint in its network: the trained (unfolded) model in eval mode and where it came from."""
-
-    checkpoint: Checkpoint
-    source: Source
-    trained: nn.Module
-    options: Options
-    constant_kernels: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,26 +41,6 @@ class Release:
     notes: tuple[str, ...]
     certificate: Path | None = None
     layers: list[Layer] | None = None
-
-
-def load_trained(
-    path: Path,
-    source: Source | None,
-    options: Options,
-    selection: Selection | None = None,
-    constant_kernels: bool = False,
-) -> Loaded:
-    """Read a checkpoint of ours, or any state dict of `source`'s model, foreign DO-Conv layers included.
-    Raises DoconvError."""
-    checkpoint = read_checkpoint(path, selection)
-    require_finite(checkpoint)
-    if source is None:
-        recipe = checkpoint.recipe
-        source = recipe.trusted_source(str(path)) if recipe else _no_source(path)
-    model = build(source)
-    checkpoint = fitted(checkpoint, model)
-    checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *notes_on(source, model)))
-    return Loaded(checkpoint, source, in_eval(load_into(model, checkpoint, options)), options, constant_kernels)
 
 
 def release(
@@ -126,10 +70,11 @@ def release(
     if inputs is not None:  # refuse a wrong one now, not after two exports
         run_in_eval(loaded.trained, inputs.arguments(inputs.export_batch, like=loaded.trained))
     progress("folding")
-    with _threads_beside(len(waiting)):
-        folded = fold_loaded(loaded)
-    status = fold_status(loaded.trained, folded)
-    notes = _notes(loaded, folded)
+    sites = recipe_sites(loaded.trained)
+    with threads_beside(len(waiting)):
+        folded = fold_loaded(loaded, inplace=onnx is None and not layers)
+    status = fold_status(sites, folded)
+    notes = _notes(loaded, folded, sites)
     moved = describe_layers(loaded.trained, folded, inputs) if layers else None
     # a network whose foreign layers became plain ones is no longer what its source draws
     plain_source = None if folded.by_graph else loaded.source
@@ -137,7 +82,7 @@ def release(
         if plain is not None:
             save(folded.model, plain, source=plain_source)
         return Release(folded, None, None, notes, layers=moved)
-    with _workspace(onnx) as workspace, _threads_beside(2 if verify else 1):
+    with _workspace(onnx) as workspace, threads_beside(2 if verify else 1):
         state = workspace / "plain.safetensors"
         save(folded.model, state, source=plain_source)
         candidate, baseline = workspace / onnx.name, workspace / f"baseline-{onnx.name}"
@@ -149,14 +94,7 @@ def release(
             job = export_job(loaded.source, state, sample, baseline, flags, inputs)
             jobs.append(replace(job, fold_foreign=bool(folded.by_graph), constant_kernels=loaded.constant_kernels))
         progress("exporting")
-        batch = inputs.proof_batch if flags.dynamic_batch else inputs.export_batch
-        models = loaded.trained, folded.model
-        with ThreadPoolExecutor(1) as background:
-            exports = background.submit(export_in_child, jobs, parallel=_side_by_side(loaded.trained), waiting=waiting)
-            sides = torch_sides(*models, inputs, batch, flags, device) if verify else None
-            reports = exports.result()
-        if sides is not None and batch != inputs.export_batch and not reports[0].dynamic_batch:
-            sides = torch_sides(*models, inputs, inputs.export_batch, flags, device)
+        reports, sides = export_and_run(jobs, loaded, folded.model, inputs, flags, device, waiting)
         progress("proving")
         proof = Proof(str(onnx), [status])
         if sides:
@@ -175,21 +113,6 @@ def release(
     return Release(folded, reports[0], proof, notes, certificate, moved)
 
 
-def torch_sides(
-    trained: nn.Module, folded: nn.Module, inputs: Inputs, batch: int, flags: Flags, device: torch.device | None = None
-) -> tuple[TorchSide, TorchSide | None]:
-    """Torch's part of the proof, and the same at other sizes where `flags` ask for dynamic ones."""
-    device = device or torch.device("cpu")
-    side = torch_side(trained, folded, inputs.arguments(batch), batch, device)
-    resized = resized_side(trained, folded, inputs, batch, flags.dynamic or {}, flags.input_names, device)
-    return side, resized
-
-
-def fold_loaded(loaded: Loaded) -> FoldReport:
-    """Fold a copy of the trained model."""
-    return fold_in_place(copy_model(loaded.trained), constant_kernels=loaded.constant_kernels, check_first=False)
-
-
 def describe_layers(trained: nn.Module, folded: FoldReport, inputs: Inputs | None) -> list[Layer]:
     """Every convolution of the folded model, and how far training moved those with a D."""
     if inputs is None:
@@ -198,9 +121,10 @@ def describe_layers(trained: nn.Module, folded: FoldReport, inputs: Inputs | Non
     return trained_layers(trained, folded.model, example, inputs.export_batch)
 
 
-def fold_status(trained: nn.Module, folded: FoldReport) -> Status:
-    """The per-site check's status: `fold` raises where it fails, so coming past it is having passed."""
-    without_d = sum(site.d_mul is None for site in recipe_sites(trained))
+def fold_status(sites: Sequence[RecipeSite], folded: FoldReport) -> Status:
+    """The per-site check's status: `fold` raises where it fails, so coming past it is having passed. `sites` are the
+    trained model's (`recipe_sites`)."""
+    without_d = sum(site.d_mul is None for site in sites)
     if not folded.folded and not folded.by_graph and not without_d:
         return Status("fold", "passed", "nothing to fold: a plain checkpoint")
     others = f" ({without_d} more have no D)" if without_d else ""
@@ -210,41 +134,6 @@ def fold_status(trained: nn.Module, folded: FoldReport) -> Status:
     if folded.by_graph:
         detail += f"; {len(folded.by_graph)} foreign layers folded by graph, equal to their own forward to as much"
     return Status("fold", "passed", detail)
-
-
-def export_job(
-    source: Source,
-    state: Path,
-    sample: Path,
-    target: Path,
-    flags: Flags,
-    inputs: Inputs,
-    trained: Loaded | None = None,
-) -> ExportJob:
-    """An export in a child: of `source`'s plain network with `state`, or of `trained` folded by the child."""
-    return ExportJob(
-        source,
-        state,
-        sample,
-        target,
-        flags.opset,
-        flags.input_names,
-        flags.output_names,
-        flags.dynamic_batch and inputs.fixed_batch is None,
-        flags.dynamic,
-        image_list=inputs.image_list,
-        checkpoint=None if trained is None else Path(trained.checkpoint.path),
-        include=("*",) if trained is None else tuple(trained.options.include),
-        exclude=() if trained is None else tuple(trained.options.exclude),
-        ema=trained is not None and trained.checkpoint.selection.ema,
-        prefix="" if trained is None else trained.checkpoint.selection.prefix,
-        constant_kernels=trained is not None and trained.constant_kernels,
-    )
-
-
-def write_inputs(path: Path, tensors: Sequence[Tensor]) -> None:
-    arrays: Any = {f"input_{index}": tensor.numpy() for index, tensor in enumerate(tensors)}
-    np.savez(path, **arrays)
 
 
 @contextmanager
@@ -260,24 +149,9 @@ def _workspace(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextmanager
-def _threads_beside(processes: int) -> Iterator[None]:
-    """Leave the exporting processes a core each: OpenMP threads that must wait for a core spin, for seconds."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads - processes))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _side_by_side(model: nn.Module) -> bool:
-    return sum(p.numel() * p.element_size() for p in model.parameters()) < SIDE_BY_SIDE_BYTES
-
-
-def _notes(loaded: Loaded, folded: FoldReport) -> tuple[str, ...]:
+def _notes(loaded: Loaded, folded: FoldReport, sites: Sequence[RecipeSite]) -> tuple[str, ...]:
     notes = list(loaded.checkpoint.notes)
-    if not recipe_sites(loaded.trained) and not loaded.checkpoint.units and not folded.by_graph:
+    if not sites and not loaded.checkpoint.units and not folded.by_graph:
         notes.append(f"'{loaded.checkpoint.path}' has no D: a plain checkpoint, nothing to fold")
     notes += [f"'{one.name}' ({one.cls}) was not folded: {one.declined}" for one in folded.foreign if one.declined]
     dtypes = {str(p.dtype).removeprefix("torch.") for p in loaded.trained.parameters()} & {
@@ -290,7 +164,3 @@ def _notes(loaded: Loaded, folded: FoldReport) -> tuple[str, ...]:
             f"the model is {', '.join(sorted(dtypes))}; the ONNX file is float32, which onnxruntime's CPU runs"
         )
     return tuple(notes)
-
-
-def _no_source(path: Path) -> Source:
-    raise UsageError(f"'{path}' has no recipe that says what model it holds; name it with --model SOURCE.")

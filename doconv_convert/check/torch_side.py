@@ -126,9 +126,15 @@ class _Runs:
 def _run_both(trained: nn.Module, folded: nn.Module, inputs: Any, samples: int) -> _Runs:
     half = any(p.dtype in (torch.float16, torch.bfloat16) for p in trained.parameters())
     narrow = tree_map(_to_float32, inputs)
-    output = run_inputs(folded.float(), narrow)
+    folded.float()
     judge = folded if half else trained
-    truth = run_float64(judge, inputs)
+    try:
+        truth = run_float64(judge, inputs)
+    except DoconvError:
+        with torch.no_grad():
+            run_inputs(folded, narrow)  # inputs that the model does not run on at all are the better reason
+        raise
+    output = run_inputs(folded, narrow)  # after it: what this keeps for the gradients is large
     return _Runs(narrow, output_tensors(output), truth, detection_groups(output), samples, judge)
 
 

@@ -17,7 +17,7 @@ from doconv_convert.errors import DoconvError, UsageError
 if TYPE_CHECKING:
     from doconv_convert.artifacts.models import Inputs
     from doconv_convert.artifacts.sources import Source
-    from doconv_convert.check.release import Flags
+    from doconv_convert.check.exporting import Flags
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,13 @@ def count_source(
 
 def _against_torch(candidate: Path, reference: Reference, progress: Callable[[str], None]) -> Proof:
     from doconv_convert.artifacts.models import Opened, find_inputs, is_checkpoint, open_model
+    from doconv_convert.artifacts.recipe import recipe_sites
     from doconv_convert.artifacts.selection import Selection
     from doconv_convert.artifacts.sources import parse_source
     from doconv_convert.check.device import find_device
-    from doconv_convert.check.release import describe_layers, fold_status, load_trained, torch_sides
+    from doconv_convert.check.exporting import torch_sides
+    from doconv_convert.check.loaded import load_trained
+    from doconv_convert.check.release import describe_layers, fold_status
     from doconv_convert.rewrite.convert import copy_model
     from doconv_convert.rewrite.fold import fold_in_place
     from doconv_convert.rewrite.modes import in_eval
@@ -137,7 +140,9 @@ def _against_torch(candidate: Path, reference: Reference, progress: Callable[[st
         progress("running both")
         batch = inputs.proof_batch if _is_dynamic(baseline) else inputs.export_batch
         side, resized = torch_sides(opened.model, folded, inputs, batch, _flags(reference), device)
-        proof = prove(candidate, baseline, side, fold_status(opened.model, report), resized, reference.min_coverage)
+        proof = prove(
+            candidate, baseline, side, fold_status(recipe_sites(opened.model), report), resized, reference.min_coverage
+        )
         proof.layers = layers
         return proof
 
@@ -176,7 +181,7 @@ def _export_baseline(
 ) -> Path:
     from doconv_convert.artifacts.checkpoint import save
     from doconv_convert.artifacts.export_child import export_in_child
-    from doconv_convert.check.release import export_job, write_inputs
+    from doconv_convert.check.exporting import export_job, write_inputs
 
     state, sample, baseline = folder / "plain.safetensors", folder / "inputs.npz", folder / "baseline.onnx"
     save(folded, state)
@@ -187,7 +192,7 @@ def _export_baseline(
 
 
 def _flags(reference: Reference) -> Flags:
-    from doconv_convert.check.release import Flags
+    from doconv_convert.check.exporting import Flags
 
     return Flags(
         reference.opset,

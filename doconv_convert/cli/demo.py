@@ -35,7 +35,8 @@ def demo(
         from doconv_convert.artifacts.factories import load_module
         from doconv_convert.artifacts.models import Inputs
         from doconv_convert.artifacts.sources import build, parse_source
-        from doconv_convert.check.release import load_trained, release
+        from doconv_convert.check.loaded import load_trained
+        from doconv_convert.check.release import release
         from doconv_convert.check.start import require_same_start
         from doconv_convert.rewrite.convert import to_doconv
         from doconv_convert.rewrite.plan import plan

@@ -71,7 +71,9 @@ def fold(
         from doconv_convert.artifacts.selection import Selection
         from doconv_convert.artifacts.sources import parse_source
         from doconv_convert.check.device import find_device
-        from doconv_convert.check.release import Flags, load_trained, release
+        from doconv_convert.check.exporting import Flags
+        from doconv_convert.check.loaded import load_trained
+        from doconv_convert.check.release import release
         from doconv_convert.rewrite.sites import Options
 
         where = find_device(device)

@@ -259,6 +259,13 @@ def test_every_torchvision_model_tells_its_inputs() -> None:
         assert all(min(spec.shape[-2:]) >= 112 for spec in specs)
 
 
+def test_a_vision_transformer_without_weights_takes_what_it_was_built_for() -> None:
+    built = nn.Conv2d(3, 3, 3)
+    built.image_size = 224  # as vit_h_14 has it, whose weights are for 518
+    (spec,) = infer_inputs(parse_source("torchvision:vit_h_14"), built) or []
+    assert spec.shape[-2:] == (224, 224)
+
+
 def test_a_factory_without_a_shape_tells_nothing_and_a_bad_shape_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text("from torch import nn\nmake = nn.Identity\n")
     (tmp_path / "bad.py").write_text("from torch import nn\nmake = nn.Identity\nINPUT_SHAPE = [1, 3]\n")

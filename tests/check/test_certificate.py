@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,11 @@ from doconv_convert.artifacts import export_child, onnx_file
 from doconv_convert.artifacts.models import Opened, find_inputs
 from doconv_convert.artifacts.sources import build, parse_source
 from doconv_convert.check import certificate as certificates
+from doconv_convert.check import exporting
 from doconv_convert.check import release as releases
 from doconv_convert.check.certificate import SCHEMA, digest
+from doconv_convert.check.loaded import load_trained
 from doconv_convert.check.recheck import verify_certificate
-from doconv_convert.check.release import load_trained
 from doconv_convert.rewrite.sites import Options
 
 # A small output, which is kept whole, and one of 3 x 8 x 64 x 64 = 98,304 elements, which is kept as a sketch.
@@ -63,18 +63,6 @@ except SystemExit as end:
 """
 
 
-class AtOnce(Executor):
-    """Exporting and tracing change torch for the whole process: not in a thread beside the proof's own runs."""
-
-    def __init__(self, _: int) -> None:
-        pass
-
-    def submit(self, work: Any, /, *arguments: Any, **options: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_result(work(*arguments, **options))
-        return future
-
-
 def fold_here(folder: Path, checkpoint: str = "a", target: str = "m", verify: bool = True) -> None:
     """As `fold --onnx`, exporting in this process: children of its own cost seconds, and one test has them."""
     source = parse_source(f"{folder / 'net.py'}:make")
@@ -82,8 +70,7 @@ def fold_here(folder: Path, checkpoint: str = "a", target: str = "m", verify: bo
     inputs = find_inputs(Opened(loaded.trained, source), None, None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export_child, "Child", ExportsHere)
-        patch.setattr(releases, "_side_by_side", lambda _: False)
-        patch.setattr(releases, "ThreadPoolExecutor", AtOnce)
+        patch.setattr(exporting, "LARGE", 0)  # exports change torch for the whole process: none beside the proof's runs
         made = releases.release(loaded, inputs, onnx=folder / f"{target}.onnx", verify=verify, certify=True)
     assert made.certificate == (folder / f"{target}.certificate.json" if verify else None)
 

@@ -16,7 +16,7 @@ from support_cli import names, run_cli, tiny, tiny_file, trained_sample, trained
 from doconv_convert import fold
 from doconv_convert.artifacts.models import Opened, find_inputs
 from doconv_convert.artifacts.sources import parse_source
-from doconv_convert.check import proof, release
+from doconv_convert.check import exporting, proof, release
 from doconv_convert.check.torch_side import torch_side
 
 # Two fp32 implementations of one of these nets; the proof's own bound is about 1e-6.
@@ -128,10 +128,10 @@ def no_exports(monkeypatch: pytest.MonkeyPatch) -> None:
         reports = []
         for job in jobs:
             job.path.write_bytes(b"a model")
-            reports.append(release.ExportReport(str(job.path), 20, [], [], "dynamo", True, False))
+            reports.append(exporting.ExportReport(str(job.path), 20, [], [], "dynamo", True, False))
         return reports
 
-    monkeypatch.setattr(release, "export_in_child", export)
+    monkeypatch.setattr(exporting, "export_in_child", export)
     monkeypatch.setattr(
         release, "install_model", lambda finished, target: Path(target).write_bytes(finished.read_bytes())
     )

@@ -18,7 +18,7 @@ from doconv_convert import save, to_doconv
 from doconv_convert.artifacts.inputs import InputSpec
 from doconv_convert.artifacts.models import Inputs, find_inputs, open_model
 from doconv_convert.artifacts.sources import build, parse_source
-from doconv_convert.check import release
+from doconv_convert.check import exporting
 from doconv_convert.check.device import find_device, full_precision
 from doconv_convert.check.lively import make_lively
 from doconv_convert.check.proof import TorchSide, check_resized
@@ -252,7 +252,7 @@ BAD: dict[str, tuple[list[str], int, list[str]]] = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_inputs_are_told_in_words(desk: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(release, "export_in_child", lambda *_, **__: [])
+    monkeypatch.setattr(exporting, "export_in_child", lambda *_, **__: [])
     x = onnx.helper.make_tensor_value_info("x", 1, ["n", 3])
     y = onnx.helper.make_tensor_value_info("y", 1, ["n", 3])
     node = onnx.helper.make_node("Relu", ["x"], ["y"])

@@ -1,0 +1,166 @@
+"""The exports and torch's part of the proof: side by side, or, where the weights are large, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from doconv_convert.artifacts.export_child import Child, ExportJob, export_in_child
+from doconv_convert.artifacts.models import Inputs
+from doconv_convert.artifacts.onnx_export import ExportReport
+from doconv_convert.artifacts.sources import Source
+from doconv_convert.check.loaded import Loaded, fold_loaded, load_again
+from doconv_convert.check.proof import TorchSide
+from doconv_convert.check.torch_side import resized_side, torch_side
+
+# Bytes of weights from which no two processes hold them at once.
+LARGE = 2**30
+
+Sides = tuple[TorchSide, TorchSide | None]
+
+
+@dataclass(frozen=True)
+class Flags:
+    """How to export: as in `export_onnx`."""
+
+    opset: int | None = None
+    input_names: Sequence[str] | None = None
+    output_names: Sequence[str] | None = None
+    dynamic_batch: bool = True
+    dynamic: Mapping[str, Mapping[int, str]] | None = None
+
+
+def export_job(
+    source: Source,
+    state: Path,
+    sample: Path,
+    target: Path,
+    flags: Flags,
+    inputs: Inputs,
+    trained: Loaded | None = None,
+) -> ExportJob:
+    """An export in a child: of `source`'s plain network with `state`, or of `trained` folded by the child."""
+    return ExportJob(
+        source,
+        state,
+        sample,
+        target,
+        flags.opset,
+        flags.input_names,
+        flags.output_names,
+        flags.dynamic_batch and inputs.fixed_batch is None,
+        flags.dynamic,
+        image_list=inputs.image_list,
+        checkpoint=None if trained is None else Path(trained.checkpoint.path),
+        include=("*",) if trained is None else tuple(trained.options.include),
+        exclude=() if trained is None else tuple(trained.options.exclude),
+        ema=trained is not None and trained.checkpoint.selection.ema,
+        prefix="" if trained is None else trained.checkpoint.selection.prefix,
+        constant_kernels=trained is not None and trained.constant_kernels,
+    )
+
+
+def write_inputs(path: Path, tensors: Sequence[Tensor]) -> None:
+    arrays: Any = {f"input_{index}": tensor.numpy() for index, tensor in enumerate(tensors)}
+    np.savez(path, **arrays)
+
+
+def export_and_run(
+    jobs: Sequence[ExportJob],
+    loaded: Loaded,
+    folded: nn.Module,
+    inputs: Inputs,
+    flags: Flags,
+    device: torch.device | None = None,
+    waiting: Sequence[Child] = (),
+) -> tuple[list[ExportReport], Sides | None]:
+    """What the exports report, and (where there are two) both models' runs. Large models have no values after it."""
+    trained, batch = loaded.trained, inputs.proof_batch if flags.dynamic_batch else inputs.export_batch
+
+    def run(batch: int) -> Sides | None:
+        return torch_sides(trained, folded, inputs, batch, flags, device) if len(jobs) > 1 else None
+
+    def read_again() -> None:
+        fresh = load_again(loaded)
+        take_back(folded, fold_loaded(fresh).model)
+        take_back(trained, fresh.trained)
+
+    large = is_large(trained)
+    if large:
+        sides = run(batch)
+        give_up(trained, folded)
+        reports = export_in_child(jobs, waiting=waiting)
+    else:
+        with ThreadPoolExecutor(1) as background:
+            exports = background.submit(export_in_child, jobs, parallel=True, waiting=waiting)
+            sides = run(batch)
+            reports = exports.result()
+    if batch != inputs.export_batch and not reports[0].dynamic_batch:
+        if large:
+            read_again()
+        sides = run(inputs.export_batch)
+        if large:
+            give_up(trained, folded)
+    if sides is not None and large:
+        sides = _after(read_again, sides[0]), sides[1] and _after(read_again, sides[1])
+    return reports, sides
+
+
+def _after(read_again: Callable[[], None], side: TorchSide) -> TorchSide:
+    """The same side; before its model runs once more, it takes its values back."""
+    alone = side.alone
+
+    def run(count: int) -> Sequence[Any]:
+        read_again()
+        return alone(count) if alone is not None else ()
+
+    return replace(side, alone=alone and run)
+
+
+def torch_sides(
+    trained: nn.Module, folded: nn.Module, inputs: Inputs, batch: int, flags: Flags, device: torch.device | None = None
+) -> Sides:
+    """Torch's part of the proof, and the same at other sizes where `flags` ask for dynamic ones."""
+    device = device or torch.device("cpu")
+    side = torch_side(trained, folded, inputs.arguments(batch), batch, device)
+    resized = resized_side(trained, folded, inputs, batch, flags.dynamic or {}, flags.input_names, device)
+    return side, resized
+
+
+@contextmanager
+def threads_beside(processes: int) -> Iterator[None]:
+    """Leave the exporting processes a core each: OpenMP threads that must wait for a core spin, for seconds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - processes))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def is_large(model: nn.Module) -> bool:
+    return sum(p.numel() * p.element_size() for p in model.parameters()) >= LARGE
+
+
+def give_up(*models: nn.Module) -> None:
+    """Frees the memory of the models' values, whoever still holds the models."""
+    for model in models:
+        for tensor in chain(model.parameters(), model.buffers()):
+            tensor.data = tensor.data.new_empty(0)
+
+
+def take_back(model: nn.Module, same: nn.Module) -> None:
+    """Values for a model that gave its own up, from one built alike."""
+    for mine, its in zip(
+        chain(model.parameters(), model.buffers()), chain(same.parameters(), same.buffers()), strict=True
+    ):
+        mine.data = its.data
