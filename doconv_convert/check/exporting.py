@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,9 @@ from doconv_convert.artifacts.models import Inputs
 from doconv_convert.artifacts.onnx_export import ExportReport
 from doconv_convert.artifacts.sources import Source
 from doconv_convert.check.loaded import Loaded, fold_loaded, load_again
+from doconv_convert.check.memory import give_up, is_large, take_back
 from doconv_convert.check.proof import TorchSide
 from doconv_convert.check.torch_side import resized_side, torch_side
-
-# Bytes of weights from which no two processes hold them at once.
-LARGE = 2**30
 
 Sides = tuple[TorchSide, TorchSide | None]
 
@@ -96,6 +93,8 @@ def export_and_run(
 
     large = is_large(trained)
     if large:
+        for child in waiting:  # it has imported torch; a new one starts when its turn comes
+            child.close()
         sides = run(batch)
         give_up(trained, folded)
         reports = export_in_child(jobs, waiting=waiting)
@@ -145,22 +144,3 @@ def threads_beside(processes: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def is_large(model: nn.Module) -> bool:
-    return sum(p.numel() * p.element_size() for p in model.parameters()) >= LARGE
-
-
-def give_up(*models: nn.Module) -> None:
-    """Frees the memory of the models' values, whoever still holds the models."""
-    for model in models:
-        for tensor in chain(model.parameters(), model.buffers()):
-            tensor.data = tensor.data.new_empty(0)
-
-
-def take_back(model: nn.Module, same: nn.Module) -> None:
-    """Values for a model that gave its own up, from one built alike."""
-    for mine, its in zip(
-        chain(model.parameters(), model.buffers()), chain(same.parameters(), same.buffers()), strict=True
-    ):
-        mine.data = its.data

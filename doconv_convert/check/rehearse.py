@@ -19,9 +19,10 @@ from doconv_convert.artifacts.models import Inputs, Opened, find_inputs
 from doconv_convert.artifacts.sources import Source, build, parse_source
 from doconv_convert.check.detectors import draw_heads, rehearsal_source
 from doconv_convert.check.exact import output_tensors
-from doconv_convert.check.exporting import give_up, write_inputs
+from doconv_convert.check.exporting import write_inputs
 from doconv_convert.check.lively import composing_in_float64, make_lively, require_lively, trained_factors
 from doconv_convert.check.loaded import Loaded, load_trained
+from doconv_convert.check.memory import give_up
 from doconv_convert.check.outputs import SEEN
 from doconv_convert.check.proof import Proof
 from doconv_convert.check.release import release

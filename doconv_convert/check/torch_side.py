@@ -19,6 +19,7 @@ from doconv_convert.check.coverage import kernels_read, least_perturbation, pert
 from doconv_convert.check.detections import detection_groups, in_order_of
 from doconv_convert.check.device import full_precision, to_device
 from doconv_convert.check.exact import output_tensors, run_float64, run_inputs
+from doconv_convert.check.memory import return_freed
 from doconv_convert.check.outputs import SEEN, bound_for, relative_error
 from doconv_convert.check.proof import TorchSide
 from doconv_convert.errors import DoconvError, UsageError
@@ -134,6 +135,7 @@ def _run_both(trained: nn.Module, folded: nn.Module, inputs: Any, samples: int) 
         with torch.no_grad():
             run_inputs(folded, narrow)  # inputs that the model does not run on at all are the better reason
         raise
+    return_freed()
     output = run_inputs(folded, narrow)  # after it: what this keeps for the gradients is large
     return _Runs(narrow, output_tensors(output), truth, detection_groups(output), samples, judge)
 

@@ -19,7 +19,7 @@ from doconv_convert.artifacts import export_child, onnx_file
 from doconv_convert.artifacts.models import Opened, find_inputs
 from doconv_convert.artifacts.sources import build, parse_source
 from doconv_convert.check import certificate as certificates
-from doconv_convert.check import exporting
+from doconv_convert.check import memory
 from doconv_convert.check import release as releases
 from doconv_convert.check.certificate import SCHEMA, digest
 from doconv_convert.check.loaded import load_trained
@@ -70,7 +70,7 @@ def fold_here(folder: Path, checkpoint: str = "a", target: str = "m", verify: bo
     inputs = find_inputs(Opened(loaded.trained, source), None, None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export_child, "Child", ExportsHere)
-        patch.setattr(exporting, "LARGE", 0)  # exports change torch for the whole process: none beside the proof's runs
+        patch.setattr(memory, "LARGE", 0)  # exports change torch for the whole process: none beside the proof's runs
         made = releases.release(loaded, inputs, onnx=folder / f"{target}.onnx", verify=verify, certify=True)
     assert made.certificate == (folder / f"{target}.certificate.json" if verify else None)
 

@@ -12,10 +12,11 @@ from doconv_convert import to_doconv
 from doconv_convert.artifacts import export_child
 from doconv_convert.artifacts.models import Opened, find_inputs
 from doconv_convert.artifacts.sources import build, parse_source
-from doconv_convert.check import exporting
-from doconv_convert.check.exporting import Flags, give_up, take_back
+from doconv_convert.check import exporting, memory
+from doconv_convert.check.exporting import Flags
 from doconv_convert.check.lively import make_lively
 from doconv_convert.check.loaded import load_trained
+from doconv_convert.check.memory import give_up, take_back
 from doconv_convert.check.release import Release, release
 from doconv_convert.rewrite.sites import Options
 
@@ -54,7 +55,7 @@ def released(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch, **options
     write_model(model, folder / "trained.pth")
     loaded = load_trained(folder / "trained.pth", source, Options())
     monkeypatch.setattr(export_child, "Child", ExportsHere)
-    monkeypatch.setattr(exporting, "LARGE", 0)
+    monkeypatch.setattr(memory, "LARGE", 0)
     return release(loaded, inputs, onnx=folder / "out.onnx", **options), loaded.trained
 
 
