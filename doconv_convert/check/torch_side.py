@@ -115,7 +115,8 @@ class _Runs:
         inputs = [_array(leaf) for leaf in tree_leaves(self.inputs) if isinstance(leaf, Tensor)]
         truth = [_array(t) for t in self.truth]
         plain = in_order_of(truth, [_array(p) for p in self.plain], self.detections)
-        return TorchSide(inputs, truth, plain, self.samples, reach or {}, self.detections, self.alone)
+        alone = replace(self, plain=[], truth=[]).alone  # without the outputs, which hold all that gradients need
+        return TorchSide(inputs, truth, plain, self.samples, reach or {}, self.detections, alone)
 
     def alone(self, count: int) -> list[Any]:
         """The float64 outputs of the first samples by themselves."""
