@@ -69,8 +69,12 @@ def measure(source: str) -> dict[str, Any]:
         start, trained = folder / "start.safetensors", folder / "trained.safetensors"
         plain, onnx = folder / "plain.safetensors", folder / "out.onnx"
         runs = {"to-doconv": peak_of([*program, "to-doconv", source, "-o", str(start)])}
-        model = load(start)
-        randomise_factors(model, torch.Generator().manual_seed(0))
+        model = load(start).requires_grad_(False)
+        generator = torch.Generator().manual_seed(0)
+        randomise_factors(model, generator)
+        for parameter in model.parameters():  # a head of zeros would give a constant, which shows nothing
+            if not parameter.any():
+                torch.nn.init.normal_(parameter.data, std=0.02, generator=generator)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         save(model, trained, source=source)
         del model
