@@ -97,6 +97,21 @@ def fold_onnx(data: dict[str, Any]) -> list[str]:
     ]
 
 
+def memory(data: dict[str, Any]) -> list[str]:
+    lines = [
+        "Peak memory of whole commands, in multiples of the weights with D: the largest sum over the processes alive at "
+        "once. Two exports run side by side below 1 GiB of weights; above, torch's runs and each export come one after "
+        "the other, and the parent holds no weights while a child exports.",
+        "",
+        f"| model | weights, GB | {' | '.join(f'`{name}`, limit {most}' for name, most in data['limits'].items())} |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in data["rows"]:
+        peaks = (f"{row['peaks'][name] / row['weights']:.2f}" for name in data["limits"])
+        lines.append(f"| {row['source']} | {row['weights'] / 1e9:.2f} | {' | '.join(peaks)} |")
+    return lines
+
+
 def rehearsal_cost(data: dict[str, Any]) -> list[str]:
     rows = data["rows"]
     each = statistics.quantiles((row["rehearsal"] / row["plain"] for row in rows), n=4)
@@ -132,6 +147,7 @@ SECTIONS: list[tuple[str, str, Callable[[dict[str, Any]], list[str]]]] = [
     ("Memory of a training step", "training_memory", training_memory),
     ("The fold", "fold_throughput", fold_throughput),
     ("The fold with export and proof", "fold_onnx", fold_onnx),
+    ("Memory of the commands", "memory", memory),
     ("A rehearsal without export", "rehearsal_cost", rehearsal_cost),
     ("The composition, and what was tried", "compositions", compositions),
 ]

@@ -1,6 +1,6 @@
 """Peak memory of `to-doconv`, `fold` and `fold --onnx` with its proof, in multiples of the weights' size.
 
-    python benchmarks/memory.py torchvision:regnet_y_128gf torchvision:vit_h_14 [--json docs/data/memory.json]
+    python benchmarks/memory.py torchvision:regnet_y_128gf torchvision:vit_h_14 [--json docs/data/benchmarks/memory.json]
 
 The peak is the largest sum of resident memory over the processes of a command that are alive at once, sampled twenty
 times a second; pages that processes share are counted once each (proportional set size). Limits: 2.5, 2.2 and 4.5.
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from interleaved import machine
 
 from doconv_convert import load, save
 from doconv_convert.check.lively import randomise_factors
@@ -105,7 +106,7 @@ def main() -> None:
             ratio = peak / row["weights"]
             print(f"  {name:12s} {peak / 1e9:6.2f} GB = {ratio:.2f} x (limit {LIMITS[name]}), {row['seconds'][name]} s")
         if options.json:
-            options.json.write_text(json.dumps(rows, indent=1) + "\n")
+            options.json.write_text(json.dumps({**machine(), "limits": LIMITS, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
