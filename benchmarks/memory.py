@@ -1,6 +1,7 @@
-"""Peak memory of `to-doconv`, `fold` and `fold --onnx` with its proof, in multiples of the weights' size.
+r"""Peak memory of `to-doconv`, `fold` and `fold --onnx` with its proof, in multiples of the weights' size.
 
-    python benchmarks/memory.py torchvision:regnet_y_128gf torchvision:vit_h_14 [--json docs/data/benchmarks/memory.json]
+    python benchmarks/memory.py torchvision:regnet_y_128gf torchvision:vit_h_14 \
+        [--json docs/data/benchmarks/memory.json]
 
 The peak is the largest sum of resident memory over the processes of a command that are alive at once, sampled twenty
 times a second; pages that processes share are counted once each (proportional set size). Limits: 2.5, 2.2 and 4.5.
