@@ -100,8 +100,8 @@ def fold_onnx(data: dict[str, Any]) -> list[str]:
 def memory(data: dict[str, Any]) -> list[str]:
     lines = [
         "Peak memory of whole commands, in multiples of the weights with D: the largest sum over the processes alive "
-        "at once. Two exports run side by side below 1 GiB of weights; above, torch's runs and the exports come one after "
-        "the other, and the parent holds no weights while a child exports.",
+        "at once. Two exports run side by side below 1 GiB of weights; above, torch's runs and the exports come one "
+        "after the other, and the parent holds no weights while a child exports.",
         "",
         f"| model | weights, GB | {' | '.join(f'`{name}`, limit {most}' for name, most in data['limits'].items())} |",
         "|---|---:|---:|---:|---:|",
