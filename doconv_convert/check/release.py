@@ -22,6 +22,7 @@ from doconv_convert.artifacts.recipe import RecipeSite, recipe_sites
 from doconv_convert.check.certificate import Origin, remove_certificate, write_certificate
 from doconv_convert.check.exporting import Flags, export_and_run, export_job, threads_beside, write_inputs
 from doconv_convert.check.loaded import Loaded, fold_loaded
+from doconv_convert.check.memory import is_large
 from doconv_convert.check.proof import Proof, Status, prove
 from doconv_convert.check.start import run_in_eval
 from doconv_convert.errors import DoconvError
@@ -60,7 +61,7 @@ def release(
 ) -> Release:
     """Fold, export and prove; `plain` and `onnx` are written only when no check failed, with `certify` and a proof
     the certificate of `onnx` too. `layers` asks for the convolutions and how training moved them. `waiting` children
-    take the exports.
+    take the exports. The models of a large network have no values afterwards (`check/memory.py`).
 
     Raises DoconvError: a fold that is not finite, an export that fails, a place that cannot be written.
     """
@@ -82,7 +83,8 @@ def release(
         if plain is not None:
             save(folded.model, plain, source=plain_source)
         return Release(folded, None, None, notes, layers=moved)
-    with _workspace(onnx) as workspace, threads_beside(2 if verify else 1):
+    beside = 0 if is_large(loaded.trained) else 2 if verify else 1
+    with _workspace(onnx) as workspace, threads_beside(beside):
         state = workspace / "plain.safetensors"
         save(folded.model, state, source=plain_source)
         candidate, baseline = workspace / onnx.name, workspace / f"baseline-{onnx.name}"
