@@ -39,8 +39,9 @@ from doconv_convert.rewrite.trained import Layer, planned_layers
 
 CANNOT_EXPORT = "original cannot be exported"
 LIVELY_BATCH = 4
-# The output must move by a tenth of its scale when D does, or its agreement after the fold shows nothing.
-MOVED = 0.1
+# How far the output must move with D, of its scale, or its agreement after the fold shows nothing: as far as samples
+# differ (LIVELY), since much of the scale may be a constant (regnetx_002: 0.08). The fold is held to the same bits.
+MOVED = 1e-2
 
 
 @dataclass

@@ -193,7 +193,7 @@ SAMPLE_OF_THE_ZOO = [
     "torchvision:swin_t",
     "torchvision:vit_b_32",
     "timm:starnet_s050",
-    "timm:test_nfnet",
+    "timm:regnetx_002",
     "timm:efficientvit_m0",
     "timm:resnetv2_50",
 ]
