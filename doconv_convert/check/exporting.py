@@ -81,17 +81,17 @@ def export_and_run(
     waiting: Sequence[Child] = (),
 ) -> tuple[list[ExportReport], Sides | None]:
     """What the exports report, and (where there are two) both models' runs. Large models have no values after it."""
-    trained, batch = loaded.trained, inputs.proof_batch if flags.dynamic_batch else inputs.export_batch
+    trained, large = loaded.trained, is_large(loaded.trained)
+    batch = inputs.proof_batch if flags.dynamic_batch else inputs.export_batch
 
     def run(batch: int) -> Sides | None:
-        return torch_sides(trained, folded, inputs, batch, flags, device) if len(jobs) > 1 else None
+        return torch_sides(trained, folded, inputs, batch, flags, device, spend=large) if len(jobs) > 1 else None
 
     def read_again() -> None:
         fresh = load_again(loaded)
         take_back(folded, fold_loaded(fresh).model)
         take_back(trained, fresh.trained)
 
-    large = is_large(trained)
     if large:
         for child in waiting:  # it has imported torch; a new one starts when its turn comes
             child.close()
@@ -126,12 +126,21 @@ def _after(read_again: Callable[[], None], side: TorchSide) -> TorchSide:
 
 
 def torch_sides(
-    trained: nn.Module, folded: nn.Module, inputs: Inputs, batch: int, flags: Flags, device: torch.device | None = None
+    trained: nn.Module,
+    folded: nn.Module,
+    inputs: Inputs,
+    batch: int,
+    flags: Flags,
+    device: torch.device | None = None,
+    *,
+    spend: bool = False,
 ) -> Sides:
-    """Torch's part of the proof, and the same at other sizes where `flags` ask for dynamic ones."""
+    """Torch's part of the proof, and the same at other sizes where `flags` ask for dynamic ones. With `spend` the
+    trained model gives its values up as early as it can."""
     device = device or torch.device("cpu")
-    side = torch_side(trained, folded, inputs.arguments(batch), batch, device)
+    # the other sizes first: they need the trained model too
     resized = resized_side(trained, folded, inputs, batch, flags.dynamic or {}, flags.input_names, device)
+    side = torch_side(trained, folded, inputs.arguments(batch), batch, device, spend=spend)
     return side, resized
 
 

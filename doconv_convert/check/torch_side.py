@@ -19,7 +19,7 @@ from doconv_convert.check.coverage import kernels_read, least_perturbation, pert
 from doconv_convert.check.detections import detection_groups, in_order_of
 from doconv_convert.check.device import full_precision, to_device
 from doconv_convert.check.exact import output_tensors, run_float64, run_inputs
-from doconv_convert.check.memory import return_freed
+from doconv_convert.check.memory import give_up, return_freed
 from doconv_convert.check.outputs import SEEN, bound_for, relative_error
 from doconv_convert.check.proof import TorchSide
 from doconv_convert.errors import DoconvError, UsageError
@@ -39,16 +39,24 @@ _GROWTH: tuple[Callable[[int, int], int], ...] = (
 
 
 def torch_side(
-    trained: nn.Module, folded: nn.Module, inputs: Any, samples: int, device: torch.device = _CPU
+    trained: nn.Module,
+    folded: nn.Module,
+    inputs: Any,
+    samples: int,
+    device: torch.device = _CPU,
+    *,
+    spend: bool = False,
 ) -> TorchSide:
     """Run both models on the same inputs (a tuple of positional arguments), in eval mode on the device.
 
     `trained` is the unfolded model, `folded` the plain one. A half-precision model is judged in float32
     arithmetic on its own rounded weights, as it is exported; its truth takes the kernels as the fold rounded
-    them, which the per-site check ties to the model's own.
+    them, which the per-site check ties to the model's own. With `spend` the trained model gives its values up as soon
+    as its outputs are known.
     """
     with full_precision():
-        return _with_coverage(trained.to(device), in_eval(folded).to(device), to_device(inputs, device), samples)
+        models = trained.to(device), in_eval(folded).to(device)
+        return _with_coverage(*models, to_device(inputs, device), samples, spend)
 
 
 def resized_side(
@@ -70,7 +78,7 @@ def resized_side(
         if not any(sizes):
             return None
         try:
-            with full_precision():
+            with full_precision(), torch.no_grad():
                 arguments = to_device(inputs.resized(sizes).arguments(samples), device)
                 return _run_both(trained.to(device), in_eval(folded).to(device), arguments, samples).side()
         except DoconvError as error:
@@ -125,7 +133,7 @@ class _Runs:
             return [_array(t) for t in run_float64(self.judge, first)]
 
 
-def _run_both(trained: nn.Module, folded: nn.Module, inputs: Any, samples: int) -> _Runs:
+def _run_both(trained: nn.Module, folded: nn.Module, inputs: Any, samples: int, spend: bool = False) -> _Runs:
     half = any(p.dtype in (torch.float16, torch.bfloat16) for p in trained.parameters())
     narrow = tree_map(_to_float32, inputs)
     folded.float()
@@ -136,6 +144,8 @@ def _run_both(trained: nn.Module, folded: nn.Module, inputs: Any, samples: int) 
         with torch.no_grad():
             run_inputs(folded, narrow)  # inputs that the model does not run on at all are the better reason
         raise
+    if spend:
+        give_up(trained)
     return_freed()
     output = run_inputs(folded, narrow)  # after it: what this keeps for the gradients is large
     return _Runs(narrow, output_tensors(output), truth, detection_groups(output), samples, judge)
@@ -150,9 +160,9 @@ def _array(tensor: Tensor) -> Any:
     return tensor.detach().cpu().numpy()
 
 
-def _with_coverage(trained: nn.Module, folded: nn.Module, inputs: Any, samples: int) -> TorchSide:
+def _with_coverage(trained: nn.Module, folded: nn.Module, inputs: Any, samples: int, spend: bool) -> TorchSide:
     kernels = _float32_kernels(folded, trained)
-    runs = _run_both(trained, folded, inputs, samples)
+    runs = _run_both(trained, folded, inputs, samples, spend)
     side = runs.side()
     bounds = {
         index: bound_for(relative_error(plain, truth)) * float(np.linalg.norm(truth.ravel()))
