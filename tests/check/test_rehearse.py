@@ -11,6 +11,7 @@ from torchvision.models import list_models
 from typer.testing import CliRunner, Result
 
 from doconv_convert import DoconvError, UsageError, fold, to_doconv
+from doconv_convert.artifacts.sources import build, parse_source
 from doconv_convert.artifacts.zoos import expand
 from doconv_convert.check import rehearse as rehearsing
 from doconv_convert.check.lively import LIVELY, composing_in_float64, make_lively, require_lively, sample_spread
@@ -161,6 +162,17 @@ def test_two_rows_of_d_swapped_in_the_fold_are_caught(name: str, monkeypatch: py
     result = rehearse(f"{SAMPLES / name}.py:{name}", export=False)
     assert result.status == "fold failed"
     assert "differ by" in result.steps[-1].detail
+
+
+def test_a_factory_that_hands_out_the_same_model_keeps_it(tmp_path: Path) -> None:
+    net = "from torch import nn\nINPUT_SHAPE = (1, 3, 9, 9)\nshared = nn.Sequential(nn.Conv2d(3, 4, 3))\n"
+    (tmp_path / "nets.py").write_text(f"{net}def make():\n    return shared\n")
+    source = parse_source(f"{tmp_path / 'nets.py'}:make")
+    shared = build(source)
+    before = [parameter.clone() for parameter in shared.parameters()]
+    assert rehearse(source.text, export=False).status == "passed"
+    assert build(source) is shared
+    assert all(torch.equal(a, b) for a, b in zip(shared.parameters(), before, strict=True))
 
 
 def test_composed_in_float64_a_layer_computes_the_bits_of_its_fold() -> None:
