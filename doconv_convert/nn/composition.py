@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -27,6 +27,8 @@ from torch.nn import functional as F
 
 from doconv_convert.errors import UsageError
 
+# Numbers in a piece of a kernel: 4 MiB of float64.
+PIECE = 2**19
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -56,7 +58,7 @@ def compose_kernel(weight: Tensor, d: Tensor, weight_extra: Tensor | None = None
     Returns:
         (C_out, C_in/g, *kernel_size) in weight's dtype and memory format. It is computed in float32 or
         better (where D is float64, in that) with autocast off and cast once: half precision would lose most small
-        entries of D.
+        entries of D. In float64 without gradients, as in a fold, piece by piece (`row_pieces`).
     """
     if isinstance(d, fx.Proxy):
         return _as_one_node(compose_kernel, weight, d, weight_extra, groups)
@@ -65,10 +67,33 @@ def compose_kernel(weight: Tensor, d: Tensor, weight_extra: Tensor | None = None
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         dtype = torch.promote_types(torch.promote_types(weight.dtype, d.dtype), torch.float32)
-        first = weight.flatten(2).to(dtype)
-        slots = first if weight_extra is None else torch.cat([first, weight_extra.to(dtype)], dim=2)
-        kernel = _plus_product(first, slots, d.to(dtype), groups).reshape(weight.shape).to(weight.dtype)
+        if dtype == torch.float64 and not _is_tracked(weight, d, weight_extra):
+            kernel = torch.cat(
+                [
+                    _composed(weight[rows], d[channels], _part(weight_extra, rows), number, dtype)
+                    for rows, channels, number in row_pieces(weight.shape, groups)
+                ]
+            )
+        else:
+            kernel = _composed(weight, d, weight_extra, groups, dtype)
     return kernel.contiguous(memory_format=memory_format(weight))
+
+
+def row_pieces(shape: Sequence[int], groups: int) -> Iterator[tuple[slice, slice, int]]:
+    """A kernel of `shape`, (C_out, C_in/g, *kernel_size), in pieces that can be composed one by one: rows of W, rows
+    of D, and the groups they make. A piece's numbers stay in a processor's cache, the whole kernel's often do not."""
+    rows, per_group = shape[0] // groups, shape[1]
+    fitting = max(1, PIECE // max(1, math.prod(shape[1:])))
+    if fitting >= rows:  # whole groups
+        step = fitting // max(1, rows)
+        for first in range(0, groups, step):
+            last = min(first + step, groups)
+            yield slice(first * rows, last * rows), slice(first * per_group, last * per_group), last - first
+        return
+    for group in range(groups):
+        channels = slice(group * per_group, (group + 1) * per_group)
+        for first in range(group * rows, (group + 1) * rows, fitting):
+            yield slice(first, min(first + fitting, (group + 1) * rows)), channels, 1
 
 
 def convolve_features(
@@ -186,15 +211,30 @@ def feature_macs(
     return batch * output_volume * per_position
 
 
-def _channels_a_block(per_group: int, positions: int) -> int:
-    """How many input channels (a divisor of C_in/g) one matrix product of a composition takes.
+def _is_tracked(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _part(tensor: Tensor | None, rows: slice) -> Tensor | None:
+    return None if tensor is None else tensor[rows]
+
+
+def _composed(weight: Tensor, d: Tensor, weight_extra: Tensor | None, groups: int, dtype: torch.dtype) -> Tensor:
+    first = weight.flatten(2).to(dtype)
+    slots = first if weight_extra is None else torch.cat([first, weight_extra.to(dtype)], dim=2)
+    return _plus_product(first, slots, d.to(dtype), groups).reshape(weight.shape).to(weight.dtype)
+
+
+def _channels_a_block(rows: int, per_group: int, positions: int) -> int:
+    """How many input channels (a divisor of C_in/g) one matrix product of a composition takes; each has `rows` rows.
 
     A channel's own product has rows of K = 9 numbers, which fill neither a vector register nor a cache line.
     Neighbours in memory share one, with a block-diagonal D, until a row has 16: more arithmetic, and half the
-    time at 512x512x3x3 (docs/benchmarks.md).
+    time at 512x512x3x3 (docs/benchmarks.md). With few rows the larger D would cost more than it saves, in time and
+    in memory until the backward.
     """
     width = 1
-    while width * positions < 16 and per_group % (2 * width) == 0:
+    while rows > 64 and width * positions < 16 and per_group % (2 * width) == 0:
         width *= 2
     return width
 
@@ -204,7 +244,7 @@ def _plus_product(first: Tensor, slots: Tensor, d: Tensor, groups: int) -> Tenso
     out_channels, per_group, positions = first.shape
     if out_channels == groups and per_group == 1:  # one vector a channel: torch has no fast product for those
         return first + (d * slots).sum(2).unsqueeze(1)
-    width = _channels_a_block(per_group, positions)
+    width = _channels_a_block(out_channels // groups, per_group, positions)
     shape = groups, out_channels // groups, per_group // width, -1
     base = first.reshape(shape)
     # One view for both where it can be: the gradients that meet there are summed without a copy.

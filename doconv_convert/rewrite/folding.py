@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from doconv_convert.errors import CheckFailedError, DoconvError
-from doconv_convert.nn.composition import full_d, full_w
+from doconv_convert.nn.composition import full_d, full_w, row_pieces
 from doconv_convert.nn.layers import fold_kernel
 from doconv_convert.nn.overlay import read_factors, stored_kernels
 from doconv_convert.rewrite.install import is_over_parameterized, restore
@@ -18,6 +18,10 @@ from doconv_convert.rewrite.sites import site_name
 
 # Two float64 sums of at most a few ten thousand terms; the largest seen over torchvision is 4e-15.
 FOLD_TOLERANCE = 1e-12
+
+
+# An input and its features.
+Probe = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,26 +54,37 @@ def unique(every: Sequence[Factors]) -> list[Factors]:
     return list(first.values())
 
 
-def folded_kernel(factors: Factors) -> Tensor:
-    """The kernel in float64 on the CPU, required finite and checked by feature composition.
+def folded_rows(factors: Factors) -> Iterator[tuple[slice, Tensor]]:
+    """The kernel's rows (output channels) in float64 on the CPU, piece by piece, each required finite and checked by
+    feature composition. A piece's W may be overwritten as soon as it was given.
 
     Raises DoconvError naming the site and what was found.
     """
     name = factors.name or "the convolution"
     if factors.weight.is_meta:
         raise DoconvError(f"'{name}': its tensors are on the meta device and hold no values; load a state dict first.")
+    d = _exact(factors.d)
+    x, features = draw_probe(d)
+    for rows, channels, groups in row_pieces(factors.weight.shape, factors.groups):
+        extra = None if factors.extra is None else _exact(factors.extra[rows])
+        piece = Factors(name, _exact(factors.weight[rows]), d[channels], extra, groups)
+        kernel = fold_kernel(piece.weight, piece.d, piece.extra, groups)
+        error = composition_error(piece, kernel, (x[channels], features[channels]))
+        if not error <= FOLD_TOLERANCE:
+            _require_finite(name, factors)
+            raise CheckFailedError(
+                f"'{name}': kernel and feature composition differ by {error:.1e} of the output's scale in float64, "
+                f"expected at most {FOLD_TOLERANCE:.0e}; nothing was folded. Please report this layer's shapes."
+            )
+        yield rows, kernel
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float64)
+
+
+def _require_finite(name: str, factors: Factors) -> None:
     kernel = fold_kernel(factors.weight, factors.d, factors.extra, factors.groups)
-    error = composition_error(factors, kernel)
-    if not error <= FOLD_TOLERANCE:
-        _require_finite(name, kernel)
-        raise CheckFailedError(
-            f"'{name}': kernel and feature composition differ by {error:.1e} of the output's scale in float64, "
-            f"expected at most {FOLD_TOLERANCE:.0e}; nothing was folded. Please report this layer's shapes."
-        )
-    return kernel
-
-
-def _require_finite(name: str, kernel: Tensor) -> None:
     finite = torch.isfinite(kernel)
     if not finite.all():
         count = int((~finite).sum())
@@ -79,21 +94,29 @@ def _require_finite(name: str, kernel: Tensor) -> None:
         )
 
 
-def composition_error(factors: Factors, kernel: Tensor) -> float:
-    """|x k - feature composition of x| / |x k| in float64, on a random x that just fills the kernel: every entry of
-    kernel, W and D takes part. NaN where one of them is not finite."""
-    weight, d = (t.detach().to("cpu", torch.float64) for t in (factors.weight, factors.d))
-    extra = None if factors.extra is None else factors.extra.detach().to("cpu", torch.float64)
-    slots, d_hat = full_w(weight, extra), full_d(d)
+def draw_probe(d: Tensor) -> Probe:
+    """A random input that just fills the kernel, (C_in, 2, K), and its features by D^, (C_in, 2, D_mul), in float64."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(d.shape[0], 2, d.shape[1], generator=generator, dtype=torch.float64)
+    return x, torch.bmm(x, full_d(_exact(d)))
 
-    def compare(x: Tensor) -> float:
+
+def composition_error(factors: Factors, kernel: Tensor, probe: Probe | None = None) -> float:
+    """|x k - feature composition of x| / |x k| in float64, on a random x that just fills the kernel: every entry of
+    kernel, W and D takes part. NaN where one of them is not finite. `probe` is D's own, where it is at hand."""
+    weight, d = _exact(factors.weight), _exact(factors.d)
+    slots = full_w(weight, None if factors.extra is None else _exact(factors.extra))
+
+    def compare(x: Tensor, features: Tensor) -> float:
         direct = _at_one_position(x, kernel.flatten(2), factors.groups)
-        return relative_distance(_at_one_position(torch.bmm(x, d_hat), slots, factors.groups), direct)
+        return relative_distance(_at_one_position(features, slots, factors.groups), direct)
 
-    error = compare(x)
-    return error if math.isfinite(error) else compare(x * probe_scale(kernel, weight, d))
+    x, features = draw_probe(d) if probe is None else probe
+    error = compare(x, features)
+    if math.isfinite(error):
+        return error
+    x = x * probe_scale(kernel, weight, d)
+    return compare(x, torch.bmm(x, full_d(d)))
 
 
 def _at_one_position(x: Tensor, w: Tensor, groups: int) -> Tensor:
@@ -120,9 +143,9 @@ def relative_distance(got: Tensor, expected: Tensor) -> float:
 def assign_folded(every: Sequence[Factors]) -> None:
     """Write each folded kernel into its W, cast once; no W may occur twice (`unique`)."""
     for factors in every:
-        kernel = folded_kernel(factors)
-        with torch.no_grad():
-            factors.weight.copy_(kernel)
+        for rows, kernel in folded_rows(factors):
+            with torch.no_grad():
+                factors.weight[rows].copy_(kernel)
 
 
 def restore_layers(model: nn.Module) -> bool:

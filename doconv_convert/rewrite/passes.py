@@ -14,7 +14,7 @@ from doconv_convert.rewrite.discover import discover
 from doconv_convert.rewrite.folding import (
     Factors,
     assign_folded,
-    folded_kernel,
+    folded_rows,
     layer_factors,
     restore_layers,
     unique,
@@ -148,7 +148,8 @@ def fold_kernels(model: nn.Module, check_first: bool = True) -> tuple[list[str],
     every = unique([*layer_factors(model), *(composition.factors for composition in compositions)])
     if check_first:
         for one in every:
-            folded_kernel(one)
+            for _ in folded_rows(one):
+                pass
     assign_folded(every)
     for composition in compositions:
         composition.remove()

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from doconv_convert import DOConv1d, DOConv2d, DOConv3d, UsageError, feature_macs, kernel_macs
-from doconv_convert.nn.composition import CONVOLUTIONS, compose_kernel, resolve_d_mul
+from doconv_convert.nn import composition
+from doconv_convert.nn.composition import CONVOLUTIONS, compose_kernel, resolve_d_mul, row_pieces
 
 # Said by torch once a process, of the plain layer too.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -196,6 +197,23 @@ def test_the_kernel_is_laid_out_like_the_weight(memory_format: torch.memory_form
     assert layer.effective_kernel().stride() == layer.weight.stride()
     assert layer.to_conv().weight.stride() == layer.weight.stride()
     assert layer.weight.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("numbers", [1, 30, 100, 10**6])
+@pytest.mark.parametrize("groups", [1, 2, 4, 8])
+@pytest.mark.parametrize("d_mul", ["K", "K+3"])
+def test_a_kernel_composed_in_pieces(d_mul: str, groups: int, numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer: Any = randomise(Case(channels=8, groups=groups, d_mul=d_mul).layer(), seed=0)
+    parts = layer.weight, layer.D, layer.weight_extra, groups
+    whole = compose_kernel(*parts)  # with gradients, never in pieces
+    assert difference(whole, layer.weight) > MOVED
+    monkeypatch.setattr(composition, "PIECE", numbers)
+    pieces = list(row_pieces(layer.weight.shape, groups))
+    assert [row for rows, _, _ in pieces for row in range(rows.start, rows.stop)] == list(range(16))
+    assert all((rows.stop - rows.start) * layer.weight[0].numel() <= numbers for rows, _, _ in pieces) or numbers < 72
+    assert len(pieces) == (1 if numbers == 10**6 else 16 if numbers == 1 else len(pieces))
+    with torch.no_grad():
+        assert difference(compose_kernel(*parts), whole) <= TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -9,9 +9,13 @@ from support import build_model, difference, randomise, run, signature, varied_i
 from torch import Tensor, nn
 
 from doconv_convert import DoconvError, fold, to_doconv
+from doconv_convert.check.lively import composing_in_float64
+from doconv_convert.errors import CheckFailedError
+from doconv_convert.nn import composition
+from doconv_convert.nn.composition import row_pieces
 from doconv_convert.nn.layers import fold_kernel
 from doconv_convert.rewrite import folding
-from doconv_convert.rewrite.folding import FOLD_TOLERANCE, composition_error, folded_kernel, layer_factors
+from doconv_convert.rewrite.folding import FOLD_TOLERANCE, composition_error, folded_rows, layer_factors
 
 # Over the sample models with random factors: the largest seen was 1.2e-15.
 SEEN = 5e-15
@@ -51,8 +55,10 @@ def unfolded(weight: Tensor, d: Tensor, extra: Tensor | None, groups: int) -> Te
     return weight.detach().double()
 
 
+@pytest.mark.parametrize("piece", [composition.PIECE, 100], ids=["whole", "pieces"])
 @pytest.mark.parametrize("wrong", [swapped, transposed, without_extra, other_pairing, in_single_precision, unfolded])
-def test_a_wrong_fold_is_caught(wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_fold_is_caught(wrong: Any, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(composition, "PIECE", piece)
     model = trained()
     every = layer_factors(model)
     assert len(every) > 5
@@ -65,6 +71,36 @@ def test_a_wrong_fold_is_caught(wrong: Any, monkeypatch: pytest.MonkeyPatch) -> 
         fold(model, inplace=True)
     assert signature(model) == expected
     assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+
+
+def test_the_last_piece_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(composition, "PIECE", 100)
+    (factors,) = layer_factors(randomise(to_doconv(nn.Sequential(nn.Conv2d(8, 8, 3))), seed=0))
+    pieces = list(row_pieces(factors.weight.shape, 1))
+    assert len(pieces) > 4
+    calls: list[int] = []
+
+    def wrong_at_last(weight: Tensor, d: Tensor, extra: Tensor | None, groups: int) -> Tensor:
+        calls.append(1)
+        return (swapped if len(calls) == len(pieces) else fold_kernel)(weight, d, extra, groups)
+
+    monkeypatch.setattr(folding, "fold_kernel", wrong_at_last)
+    given = folded_rows(factors)
+    for _ in pieces[:-1]:
+        next(given)
+    with pytest.raises(CheckFailedError, match="'0': kernel and feature composition differ"):
+        next(given)
+
+
+def test_the_fold_computes_the_bits_of_a_composition_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces and whole: what `rehearse` relies on."""
+    for piece in (100, composition.PIECE):
+        monkeypatch.setattr(composition, "PIECE", piece)
+        model = trained()
+        with torch.no_grad(), composing_in_float64(model):
+            expected = {one.name: model.get_submodule(one.name).effective_kernel() for one in layer_factors(model)}
+        folded = fold(model)
+        assert all(torch.equal(folded.get_submodule(name).weight, kernel) for name, kernel in expected.items())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -99,7 +135,8 @@ def test_a_kernel_that_no_output_reaches_is_checked_too() -> None:
 
 def test_the_kernel_is_cast_once() -> None:
     model = trained().bfloat16()
-    exact = {one.name: folded_kernel(one) for one in layer_factors(copy.deepcopy(model).double())}
+    every = layer_factors(copy.deepcopy(model).double())
+    exact = {one.name: torch.cat([kernel for _, kernel in folded_rows(one)]) for one in every}
     folded = fold(model)
     for name, kernel in exact.items():
         assert torch.equal(folded.get_submodule(name).weight, kernel.bfloat16()), name
