@@ -68,12 +68,11 @@ def compose_kernel(weight: Tensor, d: Tensor, weight_extra: Tensor | None = None
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         dtype = torch.promote_types(torch.promote_types(weight.dtype, d.dtype), torch.float32)
         if dtype == torch.float64 and not _is_tracked(weight, d, weight_extra):
-            kernel = torch.cat(
-                [
-                    _composed(weight[rows], d[channels], _part(weight_extra, rows), number, dtype)
-                    for rows, channels, number in row_pieces(weight.shape, groups)
-                ]
-            )
+            pieces = [
+                _composed(weight[rows], d[channels], _part(weight_extra, rows), number, dtype)
+                for rows, channels, number in row_pieces(weight.shape, groups)
+            ]
+            kernel = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         else:
             kernel = _composed(weight, d, weight_extra, groups, dtype)
     return kernel.contiguous(memory_format=memory_format(weight))
