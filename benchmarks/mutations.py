@@ -33,7 +33,7 @@ from doconv_convert.artifacts.models import Inputs, Opened, find_inputs
 from doconv_convert.artifacts.onnx_export import export_onnx
 from doconv_convert.artifacts.recipe import recipe_sites
 from doconv_convert.artifacts.sources import Source, build, parse_source
-from doconv_convert.check.detectors import head_rescales, rehearsal_source
+from doconv_convert.check.detectors import draw_heads, rehearsal_source
 from doconv_convert.check.lively import make_lively, randomise_factors
 from doconv_convert.check.outputs import SEEN
 from doconv_convert.check.proof import Status, TorchSide, prove
@@ -107,8 +107,9 @@ def trained_model(name: str, original: nn.Module, inputs: Inputs, seed: int) -> 
                         d.mul_(0.05)
         return model.eval()
     arguments = inputs.arguments(LIVELY_BATCH)
-    heads = head_rescales(model, torch.Generator().manual_seed(seed)) if inputs.image_list else {}
-    make_lively(model, arguments, seed, heads=heads)
+    make_lively(model, arguments, seed)
+    if inputs.image_list:
+        draw_heads(model, arguments, torch.Generator().manual_seed(seed))
     return model.eval()
 
 

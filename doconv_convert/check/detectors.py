@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from doconv_convert.artifacts.inputs import DETECTION_SIZE
 from doconv_convert.artifacts.sources import Source
-from doconv_convert.check.rescale import Factor, Rescale, to_deviation
+from doconv_convert.check.rescale import Factor, Rescale, rescaling, to_deviation
+from doconv_convert.rewrite.measure import run_model
+from doconv_convert.rewrite.modes import in_eval
 
 LOGITS, SIGMOID_LOGITS, DELTAS, LEVEL_DELTAS = 1.5, 0.4, 0.5, 3.0
 DETECTIONS, LEVEL_DETECTIONS = 20, 60
@@ -47,8 +49,8 @@ def rehearsal_source(source: Source) -> Source:
     return Source(source.text, {**shown, **source.args})
 
 
-def head_rescales(model: nn.Module, generator: torch.Generator) -> dict[nn.Module, Rescale]:
-    """For each head's last layer, the hook that draws it anew and scales it by what it gives at its first call."""
+def draw_heads(model: nn.Module, inputs: Any, generator: torch.Generator) -> None:
+    """Draw the heads' last layers anew and scale each by what it gives at its first call of one forward."""
     levels = sum(fnmatchcase(name, _SCORE_LEVELS) for name, _ in model.named_modules())
     factors: Mapping[str, Factor] = {  # the first that fits counts
         **dict.fromkeys(_SIGMOID_SCORES, to_deviation(SIGMOID_LOGITS)),
@@ -63,7 +65,8 @@ def head_rescales(model: nn.Module, generator: torch.Generator) -> dict[nn.Modul
         layer = _last_layer(module)
         if factor is not None and layer is not None:
             hooks[layer] = Rescale(factor, generator)
-    return hooks
+    with rescaling(hooks):
+        run_model(in_eval(model), inputs)
 
 
 def _to_show(classes: int, count: int) -> Factor:

@@ -45,16 +45,9 @@ _LAYERS = (_ConvNd, nn.Linear)
 _OFF = 1e-3
 
 
-def make_lively(
-    model: nn.Module,
-    inputs: Any,
-    seed: int = 0,
-    calls: Mapping[nn.Module, int] | None = None,
-    heads: Mapping[nn.Module, Rescale] | None = None,
-) -> None:
-    """Randomise a converted `model` in place, calibrated on `inputs` (a varied batch of 3 or more; of 2 where it finds
-    boxes). `calls` says how often a forward calls each module; where it is not known, one is run. `heads` are layers
-    with a scale of their own.
+def make_lively(model: nn.Module, inputs: Any, seed: int = 0, calls: Mapping[nn.Module, int] | None = None) -> None:
+    """Randomise a converted `model` in place, calibrated on `inputs` (a varied batch of 3 or more). `calls` says how
+    often a forward calls each module; where it is not known, one is run.
 
     D ~ N(0, 1/K) and weight_extra are drawn anew, batch norms get affine parameters and calibrated statistics
     jittered by 5 %, zero or switched-off parameters get values. The global random state is not touched.
@@ -66,7 +59,7 @@ def make_lively(
         for norm in _batch_norms(model):
             if norm.bias is not None:
                 norm.bias.add_(SHIFT)
-        _calibrate(model, inputs, _calls(model, inputs) if calls is None else calls, heads or {})
+        _calibrate(model, inputs, _calls(model, inputs) if calls is None else calls)
         for norm in _batch_norms(model):
             _jitter(norm, generator)
 
@@ -154,9 +147,7 @@ def _switch_on(model: nn.Module, generator: torch.Generator) -> None:
             _draw(parameter, 1 / math.sqrt(max(fan_in, 4)), generator)
 
 
-def _calibrate(
-    model: nn.Module, inputs: Any, calls: Mapping[nn.Module, int], heads: Mapping[nn.Module, Rescale]
-) -> None:
+def _calibrate(model: nn.Module, inputs: Any, calls: Mapping[nn.Module, int]) -> None:
     """One forward in which the batch norms normalise by, and remember, the batch's own statistics, and every layer
     is scaled by what it gives."""
     norms = _batch_norms(model)
@@ -167,8 +158,7 @@ def _calibrate(
         norm.training = True
     try:
         layers = [module for module in calls if isinstance(module, _LAYERS)]
-        hooks = {layer: Rescale(_once if calls[layer] == 1 else _repeated) for layer in layers}
-        with rescaling(hooks | dict(heads)):
+        with rescaling({layer: Rescale(_once if calls[layer] == 1 else _repeated) for layer in layers}):
             run_model(model, inputs)
     finally:
         in_eval(model)

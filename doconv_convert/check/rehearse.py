@@ -17,7 +17,7 @@ from doconv_convert.artifacts.checkpoint import save
 from doconv_convert.artifacts.export_child import Child, ExportJob, export_in_child
 from doconv_convert.artifacts.models import Inputs, Opened, find_inputs
 from doconv_convert.artifacts.sources import Source, build, parse_source
-from doconv_convert.check.detectors import head_rescales, rehearsal_source
+from doconv_convert.check.detectors import draw_heads, rehearsal_source
 from doconv_convert.check.exact import output_tensors
 from doconv_convert.check.exporting import write_inputs
 from doconv_convert.check.lively import composing_in_float64, make_lively, require_lively, trained_factors
@@ -38,8 +38,7 @@ from doconv_convert.rewrite.sites import Options, decide
 from doconv_convert.rewrite.trained import Layer, planned_layers
 
 CANNOT_EXPORT = "original cannot be exported"
-# Samples to calibrate on. A detector's boxes cost most of its forward, and its norms see many positions of an image.
-LIVELY_BATCH, DETECTOR_BATCH = 4, 2
+LIVELY_BATCH = 4
 # How far the output must move with D, of its scale, or its agreement after the fold shows nothing: as far as samples
 # differ (LIVELY), since much of the scale may be a constant (regnetx_002: 0.08). The fold is held to the same bits.
 MOVED = 1e-2
@@ -189,10 +188,10 @@ def _until_the_fold(
         require_same_output(type(model).__name__, discovery.forward.output, model, example)
         told("computes the same bits")
     with _step(rehearsal, "lively") as told:
-        batch = DETECTOR_BATCH if inputs.image_list else LIVELY_BATCH
-        heads = head_rescales(model, torch.Generator().manual_seed(seed)) if inputs.image_list else {}
-        arguments = inputs.arguments(inputs.fixed_batch or batch)
-        make_lively(model, arguments, seed, discovery.forward.entered, heads)
+        arguments = inputs.arguments(inputs.fixed_batch or LIVELY_BATCH)
+        make_lively(model, arguments, seed, discovery.forward.entered)
+        if inputs.image_list:
+            draw_heads(model, arguments, torch.Generator().manual_seed(seed))
         lively, spread, moved = _liveliness(model, inputs)
         rehearsal.figures |= {"spread": spread, "moved": moved}
         if planned.added_parameters and not moved >= MOVED:
