@@ -51,7 +51,8 @@ def measure(workload: Workload, rounds: int) -> dict[str, Any]:
     arms: Arms = {name: trainer.step for name, trainer in trainers.items()}
     seconds = rounds_of(arms, rounds)
     over = {name: ratios(seconds, name, "plain") for name in arms if name != "plain"}
-    return {"workload": workload.title, "seconds": sorted(seconds["plain"])[rounds // 2], "over_plain": over}
+    median = sorted(seconds["plain"])[rounds // 2]
+    return {"workload": workload.title, "rounds": rounds, "seconds": median, "over_plain": over}
 
 
 def main() -> None:
@@ -60,18 +61,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows = []
+    old = json.loads(options.json.read_text())["rows"] if options.json and options.json.exists() else []
+    rows = {row["workload"]: row for row in old}  # those that are not measured now stay
     for workload in WORKLOADS:
         if options.only not in workload.title:
             continue
-        row = measure(workload, options.rounds)
-        rows.append(row)
+        row = rows[workload.title] = measure(workload, options.rounds)
         told = "   ".join(
             f"{n} {r['median']:.3f} ({r['low']:.3f}-{r['high']:.3f})" for n, r in row["over_plain"].items()
         )
         print(f"{row['workload']:42s} {row['seconds']:6.2f} s   {told}", flush=True)
         if options.json:
-            options.json.write_text(json.dumps({**machine(), "rounds": options.rounds, "rows": rows}, indent=1) + "\n")
+            options.json.write_text(json.dumps({**machine(), "rows": [*rows.values()]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
