@@ -3,7 +3,7 @@
     python benchmarks/zoo.py plans                           # every timm architecture, planned on the meta device
     python benchmarks/zoo.py rehearse torchvision --seed 0   # the whole rehearsal of every name
     python benchmarks/zoo.py rehearse timm --seed 0          # of the smallest of every timm family
-    python benchmarks/zoo.py folds                           # exact start and fold, timm below 100 M parameters
+    python benchmarks/zoo.py folds --seed 1                  # exact start and fold, timm below 100 M parameters
     python benchmarks/zoo.py page                            # docs/zoo.md from what has been run
 
 Each run adds rows to a JSON lines file under docs/data/zoo/ and continues where it was stopped; delete the rows (and
@@ -143,7 +143,7 @@ def main() -> None:
     if options.what == "plans":
         plans()
     elif options.what == "folds":
-        run("timm-folds", options.only or small_architectures(), options.raw, ["--no-export", *flags])
+        run(f"timm-folds-{options.seed}", options.only or small_architectures(), options.raw, ["--no-export", *flags])
     elif options.what == "rehearse":
         torchvision = [f"torchvision:{name}" for name in model_names("torchvision")]
         sources = torchvision if options.library == "torchvision" else smallest_of_each_family()

@@ -30,7 +30,9 @@ def write_page(data: Path, target: Path) -> None:
         "",
     ]
     lines += _rehearsals("torchvision", data) + _rehearsals("timm", data)
-    lines += _folds(read(data / "timm-folds.jsonl")) + _plans(read(data / "timm-plans.jsonl"))
+    for path in sorted(data.glob("timm-folds-[0-9].jsonl")):
+        lines += _folds(read(path), int(path.stem.rpartition("-")[2]), read(data / "timm-0.jsonl"))
+    lines += _plans(read(data / "timm-plans.jsonl"))
     target.write_text("\n".join(lines))
 
 
@@ -112,16 +114,18 @@ def _starts_and_folds(first: Sequence[Row], cost: Path) -> list[str]:
     ]
 
 
-def _folds(rows: Sequence[Row]) -> list[str]:
-    if not rows:
-        return []
-    passed = [row for row in rows if row["status"] == "passed"]
+def _folds(rows: Sequence[Row], seed: int, whole: Sequence[Row]) -> list[str]:
+    passed = {row["source"] for row in rows if row["status"] == "passed"}
     failed = [f"- {row['source']}: {row['status']}: {row['detail']}" for row in rows if row["status"] != "passed"]
+    folded = {row["source"]: row["states"].get("fold") == "passed" for row in whole}
+    both = [row["source"] for row in rows if row["source"] in folded]
+    same = sum(folded[source] is (source in passed) for source in both)
     return [
-        "## timm: exact start and fold below 100 M parameters",
+        f"## timm: exact start and fold below 100 M parameters, seed {seed}",
         "",
         f"- {len(rows)} architectures: {len(passed)} start with the same bits, and compute folded the bits that they "
         "compute unfolded.",
+        f"- Of the {len(both)} rehearsed whole at seed 0, {same} have the same statuses up to the fold.",
         "",
         *failed,
         *([""] if failed else []),
