@@ -228,9 +228,9 @@ def _channels_a_block(rows: int, per_group: int, positions: int) -> int:
     """How many input channels (a divisor of C_in/g) one matrix product of a composition takes; each has `rows` rows.
 
     A channel's own product has rows of K = 9 numbers, which fill neither a vector register nor a cache line.
-    Neighbours in memory share one, with a block-diagonal D, until a row has 16: more arithmetic, and half the
-    time at 512x512x3x3 (docs/benchmarks.md). With few rows the larger D would cost more than it saves, in time and
-    in memory until the backward.
+    Neighbours in memory share one, with a block-diagonal D, until a row has 16: more arithmetic, and less time at
+    512x512x3x3 (docs/benchmarks.md). With few rows the larger D would cost more than it saves, in time and in
+    memory until the backward.
     """
     width = 1
     while rows > 64 and width * positions < 16 and per_group % (2 * width) == 0:
