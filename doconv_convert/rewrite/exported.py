@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ _SMALLEST, _LARGEST = 24, 4096
 _SIZES = (37, 38, 39)
 # A layer alone does not say how many channels it takes: so many of its own numbers are tried.
 _TRIED = 12
+# Numbers in an input, 512 MiB: CondConv's kernels are rows of millions, which are no channels.
+_MOST = 2**26
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,10 @@ def sample_input(module: nn.Module) -> Sample | None:
     numbers += [size for parameter in module.parameters() for size in parameter.shape]
     for spatial in (2, 1, 3):
         for channels in list(dict.fromkeys(numbers))[:_TRIED]:
-            x = torch.zeros(2, channels, *_SIZES[:spatial], dtype=torch.float64)
+            shape = (2, channels, *_SIZES[:spatial])
+            if math.prod(shape) > _MOST:
+                continue
+            x = torch.zeros(shape, dtype=torch.float64)
             try:
                 forward = watch_forward(module, (x,))
             except Exception:  # the user's forward says in its own way that this is not its input

@@ -13,6 +13,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from doconv_convert import DoconvError, fold, to_doconv
 from doconv_convert.rewrite.convert import copy_model
+from doconv_convert.rewrite.exported import sample_input
 from doconv_convert.rewrite.fold import fold_in_place
 
 MOVED = 0.1
@@ -362,3 +363,20 @@ def test_foreign_layers_are_not_converted_on_top() -> None:
     model = nn.Sequential(seeded(lambda: Foreign(3, 4)))
     with pytest.raises(DoconvError, match="computed from parameters by its own class"):
         to_doconv(model)
+
+
+def test_a_layer_alone_is_not_tried_on_inputs_that_fill_the_memory() -> None:
+    """A CondConv holds its kernels as rows of millions of numbers; none is a number of channels."""
+    tried: list[int] = []
+
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(4, 50_000_000, device="meta"))
+
+        def forward(self, x: Tensor) -> Tensor:
+            tried.append(x.numel())
+            raise ValueError("not its input")
+
+    assert sample_input(Rows()) is None
+    assert tried == [2 * 4 * 37 * 38, 2 * 4 * 37, 2 * 4 * 37 * 38 * 39]
