@@ -82,7 +82,7 @@ def measure(source: str) -> dict[str, Any]:
         del model
         runs["fold"] = peak_of([*program, "fold", str(trained), "-o", str(plain)])
         runs["fold --onnx"] = peak_of([*program, "fold", str(trained), "--onnx", str(onnx)])
-        external = (folder / "out.onnx.data").exists()
+        external = any(folder.glob("out.onnx.*data"))
     return {
         "source": source,
         "weights": weights,
