@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from interleaved import machine, rounds_of
 from torch import Tensor
+from torch.nn import functional as F
 
 from doconv_convert.nn.composition import compose_kernel
 
@@ -59,6 +60,14 @@ def blocks(width: int) -> Way:
 def identity_in_d(w: Tensor, d: Tensor) -> Tensor:
     """Blocks of two, D^ instead of D: one addition less, and W goes through reduced-precision products too."""
     return torch.bmm(by_block(w, 2), block_diagonal(d + EYE, 2).transpose(1, 2)).transpose(0, 1).reshape(w.shape)
+
+
+def grouped_convolution(w: Tensor, d: Tensor) -> Tensor:
+    """Blocks of four as groups of a 1x1 convolution, whose channels-last memory is W's own."""
+    outputs, channels = w.shape[:2]
+    x = w.reshape(1, outputs, 1, -1).permute(0, 3, 1, 2)
+    product = F.conv2d(x, block_diagonal(d, 4).reshape(9 * channels, 36, 1, 1), groups=channels // 4)
+    return w + product.permute(0, 2, 3, 1).reshape(w.shape)
 
 
 class _Custom(torch.autograd.Function):
@@ -128,6 +137,7 @@ WAYS: dict[str, Way] = {
     "blocks of 4": blocks(4),
     "blocks of 8": blocks(8),
     "identity in D": identity_in_d,
+    "grouped convolution": grouped_convolution,
     "custom, in pieces": pieces,
     "custom, blocks of 2": custom(2),
     "custom, blocks of 4": custom(4),
