@@ -70,6 +70,11 @@ def grouped_convolution(w: Tensor, d: Tensor) -> Tensor:
     return w + product.permute(0, 2, 3, 1).reshape(w.shape)
 
 
+def in_blocks(products: Tensor, d: Tensor) -> Tensor:
+    """D's gradient from the products of blocks of two channels: their diagonal blocks."""
+    return products.view(-1, 2, 9, 2, 9).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(d.shape)
+
+
 class _Custom(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, d: Tensor, width: int) -> Tensor:
@@ -87,9 +92,8 @@ class _Custom(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         w, d = ctx.saved_tensors
         gradient = gradients[0].contiguous()
-        products = torch.bmm(by_block(gradient, 2).transpose(1, 2), by_block(w, 2)).view(-1, 2, 9, 2, 9)
-        of_d = products.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(d.shape)
-        return _Custom.product(gradient, d.transpose(1, 2), ctx.width), of_d, None
+        products = torch.bmm(by_block(gradient, 2).transpose(1, 2), by_block(w, 2))
+        return _Custom.product(gradient, d.transpose(1, 2), ctx.width), in_blocks(products, d), None
 
 
 class _Pieces(torch.autograd.Function):
@@ -113,8 +117,7 @@ class _Pieces(torch.autograd.Function):
         products = torch.zeros(w.shape[1] // 2, 18, 18)
         for rows, row_gradient in zip(w.split(_rows(w)), gradient.split(_rows(w)), strict=True):
             products += torch.bmm(by_block(row_gradient, 2).transpose(1, 2), by_block(rows, 2))
-        of_d = products.view(-1, 2, 9, 2, 9).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(d.shape)
-        return _Pieces.product(gradient, d.transpose(1, 2)), of_d
+        return _Pieces.product(gradient, d.transpose(1, 2)), in_blocks(products, d)
 
 
 def _rows(w: Tensor) -> int:

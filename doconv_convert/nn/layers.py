@@ -246,11 +246,13 @@ class DOConv3d(_DOConv, nn.Conv3d):
 DOCONV_CLASSES: dict[type[nn.Module], type[_DOConv]] = {c.plain_class: c for c in (DOConv1d, DOConv2d, DOConv3d)}
 
 
+def exact(tensor: Tensor) -> Tensor:
+    """The values in float64 on the CPU, without gradients: itself where it is that already."""
+    return tensor.detach().to("cpu", torch.float64)
+
+
 def fold_kernel(weight: Tensor, d: Tensor | None, weight_extra: Tensor | None, groups: int) -> Tensor:
     """The folded kernel, composed in float64 on the CPU and not yet cast, (C_out, C_in/g, *kernel_size)."""
-
-    def exact(tensor: Tensor) -> Tensor:
-        return tensor.detach().to("cpu", torch.float64)
 
     if d is None:
         return exact(weight)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from doconv_convert.errors import CheckFailedError
 from doconv_convert.nn.authors import pairing_is_ours
-from doconv_convert.nn.layers import fold_kernel
+from doconv_convert.nn.layers import exact, fold_kernel
 from doconv_convert.nn.stored import StoredKernel
 from doconv_convert.rewrite.authors import AuthorsSite, authors_sites, fold_authors, folded_site
 from doconv_convert.rewrite.convert import convert, copy_model, require_sites
@@ -109,12 +109,12 @@ def _our_factors(site: AuthorsSite) -> OurFactors | None:
     w, composed = site.factors
     if composed.D is None or composed.identity is None:
         return None
-    w, d, identity = (t.detach().to("cpu", torch.float64) for t in (w, composed.D, composed.identity))
+    w, d, identity = map(exact, (w, composed.D, composed.identity))
     positions, d_mul, groups = d.shape[1], d.shape[2], d.shape[0] // w.shape[1]
     if d_mul < positions or not pairing_is_ours(w.shape[0], groups):
         return None
     if composed.mul is not None:
-        w = w * composed.mul.detach().to("cpu", torch.float64)
+        w = w * exact(composed.mul)
     residual = d + (identity - torch.eye(positions, d_mul, dtype=torch.float64))
     weight = w[..., :positions].reshape(*w.shape[:2], *composed.size)
     return OurFactors(weight, residual, w[..., positions:] if d_mul > positions else None, groups)
