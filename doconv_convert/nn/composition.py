@@ -241,8 +241,8 @@ def _channels_a_block(rows: int, per_group: int, positions: int) -> int:
 def _plus_product(first: Tensor, slots: Tensor, d: Tensor, groups: int) -> Tensor:
     """first + D slots, (C_out, C_in/g, K) and (C_out, C_in/g, S) giving the numbers of the former in its order."""
     out_channels, per_group, positions = first.shape
-    if out_channels == groups and per_group == 1:  # one vector a channel: torch has no fast product for those
-        return first + (d * slots).sum(2).unsqueeze(1)
+    if out_channels == groups and per_group == 1:  # one vector a channel, in memory as the product needs it
+        return torch.baddbmm(first, slots, d.transpose(1, 2))
     width = _channels_a_block(out_channels // groups, per_group, positions)
     shape = groups, out_channels // groups, per_group // width, -1
     base = first.reshape(shape)

@@ -74,8 +74,12 @@ def _is_candidate(module: nn.Module, constant_kernels: bool) -> bool:
         return False
     if isinstance(module, _ConvNd) or parametrize.is_parametrized(module):
         return constant_kernels and not getattr(module, "transposed", False)
-    owns = any(p is not None and p.dim() >= 2 for p in module._parameters.values())
-    return owns and not type(module).__module__.startswith("torch.")
+    if type(module).__module__.startswith("torch."):
+        return False
+    # One number a channel, in a module of modules, is a scale, as ConvNeXt's blocks have one; alone, it may be the
+    # kernel of a depthwise 1x1 layer.
+    alone = not any(module.children())
+    return any(p is not None and p.dim() >= 2 and (alone or p.numel() > len(p)) for p in module._parameters.values())
 
 
 def _inspect(path: str, module: nn.Module) -> Foreign | None:

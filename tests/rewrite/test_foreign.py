@@ -10,8 +10,10 @@ from support import difference, equal, run, varied_images
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torchvision.models.convnext import CNBlock
 
 from doconv_convert import DoconvError, fold, to_doconv
+from doconv_convert.rewrite import foreign
 from doconv_convert.rewrite.convert import copy_model
 from doconv_convert.rewrite.exported import sample_input
 from doconv_convert.rewrite.fold import fold_in_place
@@ -144,6 +146,7 @@ FOLDED = {
     "no bias": lambda: Foreign(3, 4, bias=False),
     "depthwise": lambda: Foreign(3, 6, groups=3),
     "5x5": lambda: Foreign(3, 4, 5),
+    "one number a channel": lambda: Foreign(3, 3, 1, groups=3),
     "reflect": lambda: Foreign(3, 4, mode="reflect"),
     "replicate": lambda: Foreign(3, 4, mode="replicate"),
     "circular": lambda: Foreign(3, 4, mode="circular"),
@@ -172,7 +175,7 @@ def test_folded_by_graph(name: str, at_root: bool) -> None:
     assert set(folded.state_dict()) <= {"weight", "bias", "0.weight", "0.bias"}
     assert difference(run(folded, x), before) <= TOLERANCE
     with torch.no_grad():
-        conv.weight.flatten(1).copy_(conv.weight.flatten(1).roll(1, 1))
+        conv.weight.copy_(conv.weight.roll(1, 0))
     assert difference(run(folded, x), before) > MOVED
 
 
@@ -316,6 +319,15 @@ def test_a_foreign_kernel_that_is_not_finite_is_declined() -> None:
         layer.W[0, 0, 0] = float("inf")
     (one,) = fold_in_place(nn.Sequential(layer)).foreign
     assert one.declined == "its kernel is not finite"
+
+
+def test_a_block_that_owns_a_scale_is_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced: list[str] = []
+    monkeypatch.setattr(foreign, "trace", lambda module, **_: traced.append(type(module).__name__))
+    block = CNBlock(4, 1.0, 0.0)
+    for network in (nn.Sequential(block), nn.Sequential(block, Foreign(3, 3, 1, groups=3))):
+        fold_in_place(network)
+    assert traced == ["Foreign"]
 
 
 def test_modules_that_own_parameters_but_no_convolution_are_not_mentioned() -> None:
