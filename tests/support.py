@@ -3,6 +3,7 @@
 import copy
 import functools
 import random
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -154,3 +155,13 @@ def random_state_untouched() -> Iterator[None]:
     after = torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1].tobytes()
     assert torch.equal(before[0], after[0])
     assert before[1:] == after[1:]
+
+
+def require_ended(process: int, seconds: float = 60) -> None:
+    """Fails where that process, by its id, still runs after so long. Reads /proc."""
+    stat = Path(f"/proc/{process}/stat")
+    deadline = time.monotonic() + seconds
+    # a dead process whose parent does not ask for it is a zombie, Z
+    while stat.exists() and ") Z" not in stat.read_text():
+        assert time.monotonic() < deadline, f"process {process} goes on without its parent"
+        time.sleep(0.1)

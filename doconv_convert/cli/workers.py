@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -90,8 +92,17 @@ def _begin(workers: int, children: int) -> None:
 
     from doconv_convert.artifacts.export_child import Child
 
+    threading.Thread(target=_end_with_the_command, daemon=True).start()
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     _waiting.extend(Child(reuse=True) for _ in range(children))
+
+
+def _end_with_the_command() -> None:
+    """A pool's process does not notice that the one it works for was killed, and would keep its memory for ever."""
+    command = multiprocessing.parent_process()
+    if command is not None:
+        command.join()
+        os._exit(1)
 
 
 def _rehearse(text: str, settings: dict[str, Any]) -> dict[str, Any]:

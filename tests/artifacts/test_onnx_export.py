@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from safetensors.torch import save_file
+from support import require_ended
 from torch import Tensor, nn
 
 from doconv_convert.artifacts import onnx_file
@@ -379,9 +379,4 @@ def test_a_child_ends_with_its_parent() -> None:
     )
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
-    stat = Path(f"/proc/{int(ended.stdout)}/stat")
-    deadline = time.monotonic() + 60
-    # a dead process whose parent does not ask for it is a zombie, Z
-    while stat.exists() and ") Z" not in stat.read_text():
-        assert time.monotonic() < deadline, "the child goes on without its parent"
-        time.sleep(0.1)
+    require_ended(int(ended.stdout))

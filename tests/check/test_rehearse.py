@@ -1,11 +1,14 @@
 """The rehearsal: passes on sound models, and each kind of failure ends as its own status."""
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from support import randomise
+from support import randomise, require_ended
 from torch import Tensor, nn
 from torchvision.models import list_models
 from typer.testing import CliRunner, Result
@@ -145,6 +148,34 @@ def test_processes_are_replaced_and_a_killed_one_is_its_models_failure(
     status = {m["source"].rpartition(":")[2]: m["status"] for m in json.loads(shown.stdout)["models"]}
     assert status == {name: "process failed" if name == "deadly" else "passed" for name in names}
     assert "its process was killed; out of memory?" in shown.stdout
+
+
+ORPHAN = """
+import os, signal, time
+from pathlib import Path
+
+from torch import nn
+
+
+def orphan():
+    Path(__file__).with_name("process").write_text(str(os.getpid()))
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(120)
+
+
+def other():
+    return nn.Conv2d(2, 2, 3)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+def test_a_process_ends_with_the_command(tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(ORPHAN)
+    sources = [f"{tmp_path}/nets.py:{name}" for name in ("orphan", "other")]
+    command_line = [sys.executable, "-m", "doconv_convert", "rehearse", *sources, "--jobs", "2", "--no-export"]
+    ended = subprocess.run(command_line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert ended.returncode == -signal.SIGKILL
+    require_ended(int((tmp_path / "process").read_text()))
 
 
 def test_two_seeds_agree_on_every_status() -> None:
