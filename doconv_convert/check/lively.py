@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,20 +45,31 @@ _LAYERS = (_ConvNd, nn.Linear)
 _OFF = 1e-3
 
 
-def make_lively(model: nn.Module, inputs: Any, seed: int = 0, calls: Mapping[nn.Module, int] | None = None) -> None:
+class DullError(DoconvError):
+    """Random weights that show too little, where others may show more; `seen` are the kernels that do show."""
+
+    def __init__(self, message: str, seen: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.seen = frozenset(seen)
+
+
+def make_lively(
+    model: nn.Module, inputs: Any, seed: int = 0, calls: Mapping[nn.Module, int] | None = None, *, draw: int = 0
+) -> None:
     """Randomise a converted `model` in place, calibrated on `inputs` (a varied batch of 3 or more). `calls` says how
-    often a forward calls each module; where it is not known, one is run.
+    often a forward calls each module; where it is not known, one is run. Each `draw` has other numbers, and odd ones
+    have SHIFT in the convolutions' biases: for norms that follow activations (ConvMixer) or are summed (RepVGG).
 
     D ~ N(0, 1/K) and weight_extra are drawn anew, batch norms get affine parameters and calibrated statistics
     jittered by 5 %, zero or switched-off parameters get values. The global random state is not touched.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed + 1_000_003 * draw)
     with torch.no_grad():
         randomise_factors(model, generator)
         _switch_on(model, generator)
-        for norm in _batch_norms(model):
-            if norm.bias is not None:
-                norm.bias.add_(SHIFT)
+        for layer in [m for m in model.modules() if isinstance(m, _ConvNd)] if draw % 2 else _batch_norms(model):
+            if layer.bias is not None:
+                layer.bias.add_(SHIFT)
         _calibrate(model, inputs, _calls(model, inputs) if calls is None else calls)
         for norm in _batch_norms(model):
             _jitter(norm, generator)
@@ -110,10 +121,10 @@ def sample_spread(outputs: list[Tensor], samples: int) -> float:
 
 
 def require_lively(name: str, outputs: list[Tensor], samples: int) -> float:
-    """The spread of a model's outputs over the samples. Raises DoconvError where it is not above LIVELY."""
+    """The spread of a model's outputs over the samples. Raises DullError where it is not above LIVELY."""
     spread = sample_spread(outputs, samples)
     if not spread > LIVELY:
-        raise DoconvError(
+        raise DullError(
             f"{name}: outputs differ between samples by {spread:.1e} of their scale, expected more "
             f"than {LIVELY:.0e}; a comparison of such outputs shows nothing."
         )

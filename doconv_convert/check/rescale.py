@@ -20,9 +20,20 @@ _FORWARDS = {(cls.forward, getattr(cls, "_conv_forward", None)) for cls in _LINE
 Factor = Callable[[Tensor], float]
 
 
+# An output that varies less, of its size, is a constant with its rounding errors: csatv2 normalises single channels.
+_CONSTANT = 1e-5
+
+
 def to_deviation(target: float) -> Factor:
-    """The factor that gives the output the standard deviation `target`."""
-    return lambda output: target / max(float(output.std()), 1e-6) if output.numel() > 1 else 1.0
+    """The factor that gives the output the standard deviation `target`; a constant one, that size."""
+
+    def factor(output: Tensor) -> float:
+        if output.numel() <= 1:
+            return 1.0
+        deviation, size = float(output.std()), float(output.square().mean().sqrt())
+        return target / max(size if deviation < _CONSTANT * size else deviation, 1e-6)
+
+    return factor
 
 
 class Rescale:

@@ -41,7 +41,7 @@ def rehearse(
     with output(as_json, quiet, debug) as shown:
         o.check_report(report, resume)
         from doconv_convert.artifacts.zoos import expand
-        from doconv_convert.check.rehearse import CANNOT_EXPORT
+        from doconv_convert.check.rehearsal import CANNOT_EXPORT
 
         wanted = expand(sources)
         o.announce_code(shown, *wanted)

@@ -77,7 +77,7 @@ class _Worker:
 
 
 def _died(text: str) -> dict[str, Any]:
-    from doconv_convert.check.rehearse import Rehearsal, Step
+    from doconv_convert.check.rehearsal import Rehearsal, Step
 
     reason = "its process was killed; out of memory? Rehearse it alone, or with fewer --jobs."
     return Rehearsal(text, [Step("process", "failed", reason, 0.0)]).to_json()
