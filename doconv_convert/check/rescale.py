@@ -30,7 +30,8 @@ def to_deviation(target: float) -> Factor:
     def factor(output: Tensor) -> float:
         if output.numel() <= 1:
             return 1.0
-        deviation, size = float(output.std()), float(output.square().mean().sqrt())
+        deviation = float(output.std())
+        size = math.hypot(deviation, float(output.mean()))
         return target / max(size if deviation < _CONSTANT * size else deviation, 1e-6)
 
     return factor
