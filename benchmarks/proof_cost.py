@@ -21,8 +21,8 @@ from mutations import exported, trained_model
 
 from doconv_convert.artifacts.models import Opened, find_inputs
 from doconv_convert.artifacts.sources import build, parse_source
-from doconv_convert.check.outputs import OnnxSession
 from doconv_convert.check.proof import prove
+from doconv_convert.check.runtime import OnnxSession
 from doconv_convert.check.torch_side import torch_side
 from doconv_convert.rewrite.convert import copy_model
 

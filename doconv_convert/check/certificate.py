@@ -20,9 +20,9 @@ from doconv_convert import __version__
 from doconv_convert.artifacts.files import atomic_write, content_hash
 from doconv_convert.check.macs import MacCount
 from doconv_convert.check.onnx_model import external_files
-from doconv_convert.check.outputs import onnx_input_shapes
 from doconv_convert.check.proof import Proof, TorchSide, dynamic_sizes, without_nan
 from doconv_convert.check.reference import describe_inputs, describe_outputs, write_reference
+from doconv_convert.check.runtime import onnx_input_shapes
 from doconv_convert.errors import CheckFailedError, DoconvError
 from doconv_convert.versions import library_versions
 

@@ -7,13 +7,13 @@ itself asked: samples that influence each other are no fault of the file.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from doconv_convert.check.detections import in_order_of
-from doconv_convert.check.outputs import Array, OnnxSession, OutputCheck, compare_outputs
+from doconv_convert.check.outputs import FLOOR, Array, OutputCheck, compare_outputs
+from doconv_convert.check.runtime import OnnxSession
 from doconv_convert.errors import DoconvError
 
 if TYPE_CHECKING:
@@ -23,12 +23,12 @@ BATCHES = (1, 2)
 
 
 def other_runs(
-    candidate: Path, session: OnnxSession, side: TorchSide, checks: Sequence[OutputCheck]
+    session: OnnxSession, side: TorchSide, checks: Sequence[OutputCheck], floor: float = FLOOR
 ) -> tuple[list[str], str]:
     """What went wrong, and a sentence on what was run. `checks` are those of the whole batch in `session`."""
-    plain = OnnxSession(candidate, optimise=False)
+    plain = OnnxSession(session.path, optimise=False, precise=session.precise)
     got = in_order_of(side.truth, plain.run(side.inputs), side.detections)
-    again = compare_outputs(plain.outputs, side.truth, side.plain, got, side.samples)
+    again = compare_outputs(plain.outputs, side.truth, side.plain, got, side.samples, floor)
     problems = [f"'{check.name}' {check.problem}, with optimisations off" for check in again if not check.ok]
     said = "optimisations on and off"
     batches = [batch for batch in BATCHES if batch < side.samples and session.dynamic_batch]

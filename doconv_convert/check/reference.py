@@ -17,7 +17,7 @@ import numpy as np
 
 from doconv_convert.artifacts.files import atomic_write
 from doconv_convert.check.detections import KEYS, in_order_of
-from doconv_convert.check.outputs import Array, bound_for, relative_error
+from doconv_convert.check.outputs import FLOOR, Array, bound_for, relative_error
 from doconv_convert.errors import DoconvError
 
 if TYPE_CHECKING:
@@ -128,9 +128,12 @@ def read_arrays(path: Path) -> dict[str, Array]:
 
 
 def compare_with(
-    expected: Sequence[Expected], got: Sequence[Array], detections: Sequence[Mapping[str, int]]
+    expected: Sequence[Expected],
+    got: Sequence[Array],
+    detections: Sequence[Mapping[str, int]],
+    floor: float = FLOOR,
 ) -> list[tuple[str, float, float, str | None]]:
-    """(name, error, bound, problem) of every output of a run, held to the proof's own bound.
+    """(name, error, bound, problem) of every output of a run, held to the proof's own bound (`floor`, its least).
 
     Raises DoconvError where their number differs.
     """
@@ -139,12 +142,12 @@ def compare_with(
     # what is kept as a sketch only has a shape: nothing is matched by its values
     shown = [one.values if one.whole else np.broadcast_to(np.float32(0), one.shape) for one in expected]
     ordered = in_order_of(shown, got, detections)
-    return [(one.name, *_compare(one, array)) for one, array in zip(expected, ordered, strict=True)]
+    return [(one.name, *_compare(one, array, floor)) for one, array in zip(expected, ordered, strict=True)]
 
 
-def _compare(expected: Expected, got: Array) -> tuple[float, float, str | None]:
+def _compare(expected: Expected, got: Array, floor: float) -> tuple[float, float, str | None]:
     floating = np.issubdtype(np.dtype(expected.dtype), np.floating)
-    bound = (bound_for(expected.plain_error) if floating else 0.0) * (1.0 if expected.whole else SLACK)
+    bound = (bound_for(expected.plain_error, floor) if floating else 0.0) * (1.0 if expected.whole else SLACK)
     if str(got.dtype) != expected.dtype or got.shape != expected.shape:
         return float("nan"), bound, f"is {got.dtype} {got.shape}, expected {expected.dtype} {expected.shape}"
     if not np.isfinite(got).all():

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from doconv_convert.check.against import compare_files
 from doconv_convert.check.macs import MacCount, count_macs
-from doconv_convert.check.outputs import Array, onnx_input_shapes, onnx_inputs
-from doconv_convert.check.proof import Proof, Status, compare_files, prove
+from doconv_convert.check.outputs import Array
+from doconv_convert.check.proof import Proof, Status, prove
 from doconv_convert.check.recheck import verify_certificate
+from doconv_convert.check.runtime import onnx_input_shapes, onnx_inputs
 from doconv_convert.errors import DoconvError, UsageError
 
 if TYPE_CHECKING:

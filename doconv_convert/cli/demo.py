@@ -142,7 +142,7 @@ def _results(
     from doconv_convert.artifacts.checkpoint import load_strictly
     from doconv_convert.artifacts.reading import read_checkpoint
     from doconv_convert.artifacts.sources import build
-    from doconv_convert.check.outputs import run_onnx
+    from doconv_convert.check.runtime import run_onnx
 
     plain = build(source)
     load_strictly(plain, read_checkpoint(folder / "plain.safetensors").state, "plain.safetensors")

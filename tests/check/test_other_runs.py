@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from doconv_convert.artifacts.onnx_export import export_onnx
 from doconv_convert.check import other_runs
-from doconv_convert.check.outputs import OnnxSession
 from doconv_convert.check.proof import Status, TorchSide, check_outputs
+from doconv_convert.check.runtime import OnnxSession
 from doconv_convert.check.torch_side import torch_side
 from doconv_convert.errors import DoconvError
 

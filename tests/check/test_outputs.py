@@ -20,10 +20,9 @@ from doconv_convert.check.outputs import (
     bound_for,
     compare_output,
     compare_outputs,
-    onnx_inputs,
     relative_error,
-    run_onnx,
 )
+from doconv_convert.check.runtime import onnx_inputs, run_onnx
 from doconv_convert.check.start import require_same_start
 from doconv_convert.errors import DoconvError, UsageError
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from doconv_convert import UsageError, fold, verify
 from doconv_convert.artifacts.onnx_export import export_onnx
-from doconv_convert.check.proof import Proof, Status, TorchSide, check_coverage, check_outputs, compare_files, prove
+from doconv_convert.check.against import compare_files
+from doconv_convert.check.proof import Proof, Status, TorchSide, check_coverage, check_outputs, prove
 from doconv_convert.check.torch_side import torch_side
 from doconv_convert.errors import DoconvError
 from doconv_convert.nn.composition import compose_kernel
