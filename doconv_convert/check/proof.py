@@ -154,7 +154,7 @@ def check_outputs(candidate: Path, side: TorchSide) -> tuple[Status, list[Output
     precise, precise_checks = _compare(OnnxSession(candidate, precise=True), side)
     if precise.state == "failed":
         return status, checks
-    why = f"sums and sigmoids in float64, since without {'; '.join(status.findings[:3])}"
+    why = f"sums and sigmoids computed in float64, since in float32 {'; '.join(status.findings[:3])}"
     return replace(precise, detail=f"{precise.detail}; {why}"), precise_checks
 
 

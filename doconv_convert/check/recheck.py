@@ -124,7 +124,7 @@ def _outputs(candidate: Path, certificate: Path, expected: Mapping[str, Any], sa
     if problems and not compare(floor=ONNX_BOUND)[0]:
         still, precise_told = compare(precise=True)
         if not still:
-            told = f"{precise_told}; sums and sigmoids in float64, since without {'; '.join(problems[:3])}"
+            told = f"{precise_told}; sums and sigmoids computed in float64, since in float32 {'; '.join(problems[:3])}"
             problems = []
     if problems or not outputs:
         return Status("outputs", "failed", "other than the certificate's float64 outputs", tuple(problems))

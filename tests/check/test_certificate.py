@@ -19,11 +19,13 @@ from doconv_convert.artifacts import export_child, onnx_file
 from doconv_convert.artifacts.models import Opened, find_inputs
 from doconv_convert.artifacts.sources import build, parse_source
 from doconv_convert.check import certificate as certificates
-from doconv_convert.check import memory
+from doconv_convert.check import memory, recheck
 from doconv_convert.check import release as releases
 from doconv_convert.check.certificate import SCHEMA, digest
 from doconv_convert.check.loaded import load_trained
+from doconv_convert.check.outputs import ONNX_BOUND
 from doconv_convert.check.recheck import verify_certificate
+from doconv_convert.check.runtime import OnnxSession
 from doconv_convert.rewrite.sites import Options
 
 # A small output, which is kept whole, and one of 3 x 8 x 64 x 64 = 98,304 elements, which is kept as a sketch.
@@ -307,6 +309,24 @@ def test_a_kernel_changed_by_a_thousandth_is_refused_by_its_outputs(files: Path)
     content["onnx"]["sha256"] = certificates.content_hash(files / "m.onnx")
     sign(files, content)
     assert failed(files) == {"outputs"}
+
+
+def test_the_runtimes_own_rounding_is_no_fault(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here onnxruntime's float32 sums are made worse, those in float64 are not."""
+
+    def outputs(error: float) -> Any:
+        class Inexact(OnnxSession):
+            def run(self, inputs: Any) -> Any:
+                return [value * np.float32(1 + error * (not self.precise)) for value in super().run(inputs)]
+
+        monkeypatch.setattr(recheck, "OnnxSession", Inexact)
+        return verify_certificate(files / "m.onnx", files / "m.certificate.json").statuses[-1]
+
+    assert "computed in float64" not in outputs(0.0).detail
+    told = outputs(1e-5)
+    assert told.state == "passed"
+    assert "; sums and sigmoids computed in float64, since in float32 'linear' is off by 1.0e-05" in told.detail
+    assert outputs(2 * ONNX_BOUND).state == "failed"
 
 
 def test_external_data_is_hashed_too(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
