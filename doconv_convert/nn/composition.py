@@ -29,6 +29,7 @@ from doconv_convert.errors import UsageError
 
 # Numbers in a piece of a kernel: 4 MiB of float64.
 PIECE = 2**19
+COMPOSITIONS = ("kernel", "feature", "auto")
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -44,6 +45,12 @@ def resolve_d_mul(d_mul: int | str, positions: int) -> int:
         raise UsageError(f"d_mul: got '{d_mul}', expected a number such as 9, or 'K', '2K', 'K+3'.")
     number, factor, extra = match.groups()
     return int(number) if number else int(factor or 1) * positions + int(extra or 0)
+
+
+def require_composition(composition: str) -> None:
+    """Raises UsageError for an unknown one."""
+    if composition not in COMPOSITIONS:
+        raise UsageError(f"composition: got '{composition}', expected one of {', '.join(COMPOSITIONS)}.")
 
 
 def compose_kernel(weight: Tensor, d: Tensor, weight_extra: Tensor | None = None, groups: int = 1) -> Tensor:
@@ -102,24 +109,34 @@ def convolve_features(
     weight_extra: Tensor | None,
     bias: Tensor | None,
     stride: Sequence[int],
-    padding: str | Sequence[int],
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """Feature composition: a depthwise convolution with D^, then a pointwise grouped one with W.
+    """Feature composition: D_mul features a channel from every patch (u + D^T u), then a pointwise grouped product
+    with W.
 
-    The same linear map as an ordinary convolution with `compose_kernel`'s result, on zero padding; shapes
-    as there, x is (B, C_in, *size) or (C_in, *size).
+    The same linear map as an ordinary convolution, without padding, with `compose_kernel`'s result; shapes as there,
+    x is (B, C_in, *size) or (C_in, *size), the result contiguous in x's memory format.
     """
     if isinstance(d, fx.Proxy):
-        return _as_one_node(convolve_features, x, weight, d, weight_extra, bias, stride, padding, dilation, groups)
-    spatial = weight.dim() - 2
-    convolve = CONVOLUTIONS[spatial]
-    in_channels, _, d_mul = d.shape
-    depthwise = full_d(d).transpose(1, 2).reshape(in_channels * d_mul, 1, *weight.shape[2:]).to(weight.dtype)
-    pointwise = full_w(weight, weight_extra).reshape(weight.shape[0], -1, *[1] * spatial)
-    features = convolve(x, depthwise, None, stride, padding, dilation, in_channels)
-    return convolve(features, pointwise, bias, groups=groups)
+        return _as_one_node(convolve_features, x, weight, d, weight_extra, bias, stride, dilation, groups)
+    if x.dim() < weight.dim():
+        single = convolve_features(x.unsqueeze(0), weight, d, weight_extra, bias, stride, dilation, groups)
+        return single.squeeze(0)
+    (in_channels, positions, d_mul), spatial = d.shape, weight.dim() - 2
+    patches = x
+    for axis, (size, step, spread) in enumerate(zip(weight.shape[2:], stride, dilation, strict=True), 2):
+        patches = patches.unfold(axis, spread * (size - 1) + 1, step)[..., ::spread]
+    batch, volume = x.shape[0], patches.shape[2 : 2 + spatial]
+    order = 1, *range(2 + spatial, 2 + 2 * spatial), 0, *range(2, 2 + spatial)
+    columns = patches.permute(order).reshape(in_channels, positions, -1)  # (C_in, K, B*V)
+    first = F.pad(columns, (0, 0, 0, d_mul - positions)) if d_mul > positions else columns
+    features = torch.baddbmm(first, d.transpose(1, 2).to(columns.dtype), columns)
+    rows = full_w(weight, weight_extra).reshape(groups, weight.shape[0] // groups, -1)
+    product = torch.bmm(rows, features.reshape(groups, rows.shape[2], -1)).reshape(-1, batch, *volume).transpose(0, 1)
+    if bias is not None:
+        product = product + bias.to(product.dtype).view(-1, *[1] * spatial)
+    return product.contiguous(memory_format=memory_format(x))
 
 
 def _as_one_node(function: Callable[..., Tensor], *args: Any) -> Tensor:

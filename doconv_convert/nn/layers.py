@@ -14,11 +14,10 @@ from doconv_convert.nn.composition import (
     convolve_features,
     draw_weight_extra,
     kind_of,
+    require_composition,
     resolve_d_mul,
 )
 from doconv_convert.nn.stored import CachedKernel, StoredKernel, load_factors, new_factors
-
-COMPOSITIONS = ("kernel", "feature")
 
 
 class _DOConv(nn.modules.conv._ConvNd):
@@ -52,7 +51,8 @@ class _DOConv(nn.modules.conv._ConvNd):
 
         Args:
             d_mul: D_mul >= K: a number, or "K", "2K", "K+3".
-            composition: "kernel" (compose, then one convolution) or "feature" (two convolutions).
+            composition: "kernel" (compose, then one convolution), "feature" (features of patches, then W), or "auto":
+                in training the latter where outputs are few (`takes_features`), else the former.
             pointwise: give a 1x1 kernel (K = 1) a D too; by default it has none, as in the authors' code.
 
         Raises:
@@ -112,8 +112,7 @@ class _DOConv(nn.modules.conv._ConvNd):
         """Add a fresh D (zero) and, where D_mul > K, weight_extra to the plain parameters."""
         positions = self.weight.shape[2:].numel()
         resolved = resolve_d_mul(d_mul, positions)
-        if composition not in COMPOSITIONS:
-            raise UsageError(f"composition: got '{composition}', expected one of {', '.join(COMPOSITIONS)}.")
+        require_composition(composition)
         if resolved < positions:
             shape = "x".join(map(str, self.weight.shape[2:]))
             where = f"'{name}': " if name else ""
@@ -164,17 +163,38 @@ class _DOConv(nn.modules.conv._ConvNd):
             path = tracer.path_of_module(self)
             if path:  # empty where the trace starts here: there is no module to call then
                 return tracer.create_proxy("call_module", path, (input,), {})
-        if self.composition == "feature" and self.D is not None:
+        if self.composition != "kernel" and self.D is not None and self.takes_features(input):
             return self._convolve_features(input, self.D)
         return self._conv_forward(input, self.effective_kernel(), self.bias)
 
+    def takes_features(self, x: Tensor) -> bool:
+        """Whether `forward` composes features of `x`. With "auto" it does in training, outside of `cached`, where
+        the outputs of a channel, B*V, are at most C_out / 2g: D then multiplies half as often (`feature_macs`), and
+        W is not rearranged. From C_out / g on it measured slower, between the two now one, now the other.
+        """
+        if self.composition != "auto":
+            return self.composition == "feature"
+        if not self.training or self._cached_kernels is not None or isinstance(x, fx.Proxy):
+            return False
+        outputs, spatial = x.shape[0] if x.dim() == self.weight.dim() else 1, len(self.kernel_size)
+        pads = self._pads()
+        for axis in range(1, spatial + 1):  # from the last, as the pads are
+            padded = x.shape[-axis] + pads[2 * axis - 2] + pads[2 * axis - 1]
+            outputs *= (padded - self.dilation[-axis] * (self.kernel_size[-axis] - 1) - 1) // self.stride[-axis] + 1
+        return 0 < 2 * outputs * self.groups <= self.out_channels
+
+    def _pads(self) -> list[int]:
+        """What F.pad takes."""
+        if isinstance(self.padding, str) or self.padding_mode != "zeros":
+            return list(self._reversed_padding_repeated_twice)
+        return [pad for pad in reversed(self.padding) for _ in range(2)]
+
     def _convolve_features(self, x: Tensor, d: Tensor) -> Tensor:
-        padding: Any = self.padding
-        if self.padding_mode != "zeros":
-            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = [0] * len(self.kernel_size)
+        pads = self._pads()
+        if any(pads):
+            x = F.pad(x, pads, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
         return convolve_features(
-            x, self.weight, d, self.weight_extra, self.bias, self.stride, padding, self.dilation, self.groups
+            x, self.weight, d, self.weight_extra, self.bias, self.stride, self.dilation, self.groups
         )
 
     def reset_parameters(self) -> None:

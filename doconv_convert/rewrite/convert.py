@@ -27,6 +27,7 @@ def to_doconv(
     pointwise: bool = False,
     max_d_params: int = 16_000_000,
     seed: int = 0,
+    composition: str = "kernel",
     inplace: bool = False,
 ) -> nn.Module:
     """Over-parameterize every eligible convolution of `model` (arXiv 2006.12030). What it computes stays the
@@ -43,6 +44,9 @@ def to_doconv(
         pointwise: give 1x1 kernels a D too.
         max_d_params: a site whose D would hold more numbers is kept as it is.
         seed: draws weight_extra (D_mul > K); the global random state is not touched.
+        composition: how convolution layers train: "kernel" (D and W are multiplied, then one convolution),
+            "feature", or "auto", which is faster where wide layers give few outputs (`DOConv2d`) and, in training,
+            equal to rounding only.
         inplace: convert `model` itself instead of a copy.
 
     Returns:
@@ -58,7 +62,7 @@ def to_doconv(
     >>> type(training[0]).__name__, torch.equal(training(image), net(image))
     ('DOConv2d', True)
     """
-    options = Options(d_mul, include, exclude, pointwise, max_d_params, seed)
+    options = Options(d_mul, include, exclude, pointwise, max_d_params, seed, composition)
     refuse_wrapped(model)
     if not inplace:
         model = copy_model(model)
@@ -81,6 +85,7 @@ def convert(discovery: Discovery, options: Options) -> None:
         pointwise=options.pointwise,
         max_d_params=options.max_d_params,
         seed=options.seed,
+        composition=options.composition,
         sites=planned,
     )
     for region in discovery.regions:

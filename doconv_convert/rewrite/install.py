@@ -59,7 +59,7 @@ def install(site: Site, options: Options) -> bool:
         if is_plain(module) and not (site.read_elsewhere and site.d_mul is not None):
             layer: Any = module
             layer.__class__ = DOCONV_CLASSES[type(module)]
-            layer.composition = "kernel"
+            layer.composition = options.composition
             d, extra = factors(site, options) if site.d_mul is not None else (None, None)
             layer.register_parameter("D", d)
             layer.register_parameter("weight_extra", extra)

@@ -50,10 +50,11 @@ class ToDOConvPass(PassBase):
         pointwise: bool = False,
         max_d_params: int = 16_000_000,
         seed: int = 0,
+        composition: str = "kernel",
         sites: Sequence[Site] | None = None,
     ) -> None:
         super().__init__()
-        self.options = Options(d_mul, include, exclude, pointwise, max_d_params, seed)
+        self.options = Options(d_mul, include, exclude, pointwise, max_d_params, seed, composition)
         self.sites = sites
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:

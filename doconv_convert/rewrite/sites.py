@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from doconv_convert.errors import UsageError
-from doconv_convert.nn.composition import kind_of, resolve_d_mul
+from doconv_convert.nn.composition import kind_of, require_composition, resolve_d_mul
 
 
 class Reason(enum.Enum):
@@ -134,9 +134,11 @@ class Options:
     pointwise: bool = False
     max_d_params: int = 16_000_000
     seed: int = 0
+    composition: str = "kernel"
 
     def __post_init__(self) -> None:
         resolve_d_mul(self.d_mul, 1)
+        require_composition(self.composition)
         for option in ("include", "exclude"):
             if isinstance(getattr(self, option), str):
                 raise UsageError(f"{option}: got the text '{getattr(self, option)}', expected a sequence of globs.")
