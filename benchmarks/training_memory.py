@@ -16,12 +16,14 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from interleaved import machine
 from textbook import to_textbook
+from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from workloads import Trainer, Workload
 
@@ -34,7 +36,12 @@ WORKLOADS = [
     Workload("mobilenet_v2", 8, 224),
     Workload("convnext_tiny", 8, 224),
 ]
-ARMS = {"plain": lambda model: model, "ours": to_doconv, "textbook": to_textbook}
+ARMS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "plain": lambda model: model,
+    "ours": to_doconv,
+    "auto": lambda model: to_doconv(model, composition="auto"),
+    "textbook": to_textbook,
+}
 
 
 def peak(workload: Workload, arm: str) -> int:
@@ -77,12 +84,13 @@ def main() -> None:
             command = [sys.executable, __file__, "--child", str(index), arm]
             peaks[arm] = int(subprocess.run(command, check=True, capture_output=True).stdout)
         row = {"workload": workload.title, "allowed": allowed(workload), "peaks": peaks}
-        row["extra"] = {arm: peaks[arm] - peaks["plain"] for arm in ("ours", "textbook")}
+        row["extra"] = {arm: peaks[arm] - peaks["plain"] for arm in ARMS if arm != "plain"}
         rows.append(row)
         extra = row["extra"]
         print(
-            f"{workload.title:36s} plain {peaks['plain'] / 1e6:7.1f} MB   ours {extra['ours'] / 1e6:+6.1f}   "
-            f"textbook {extra['textbook'] / 1e6:+6.1f}   allowed {row['allowed'] / 1e6:+6.1f}",
+            f"{workload.title:36s} plain {peaks['plain'] / 1e6:7.1f} MB   ours {extra['ours'] / 1e6:+6.1f}   auto "
+            f"{extra['auto'] / 1e6:+6.1f}   textbook {extra['textbook'] / 1e6:+6.1f}   "
+            f"allowed {row['allowed'] / 1e6:+6.1f}",
             flush=True,
         )
     if options.json:

@@ -3,22 +3,25 @@
     python benchmarks/training_step.py [--only resnet18] [--rounds 15] [--json docs/data/benchmarks/training_step.json]
 
 Each step is forward, loss, backward and SGD with momentum, on random images; the models take turns in one process.
-RetinaNet and RAFT, whose heads and update block run many times in one forward, have one more arm, inside `cached`.
+RetinaNet and RAFT, whose heads and update block run many times in one forward, have one more arm, inside `cached`;
+composition="auto" is one where it takes features anywhere.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from interleaved import Arms, machine, ratios, rounds_of
 from textbook import to_textbook
+from torch import Tensor, nn
 from workloads import Trainer, Workload
 
-from doconv_convert import cached, to_doconv
+from doconv_convert import DOConv2d, cached, to_doconv
 
 WORKLOADS = [
     Workload("resnet18", 16, 224),
@@ -48,11 +51,27 @@ def measure(workload: Workload, rounds: int) -> dict[str, Any]:
     }
     if workload.model.startswith(("retinanet", "raft")):
         trainers["cached"] = Trainer(to_doconv(plain), loss, cached)
+    auto = to_doconv(plain, composition="auto").train()
+    if takes_features(auto, loss):
+        trainers["auto"] = Trainer(auto, loss)
     arms: Arms = {name: trainer.step for name, trainer in trainers.items()}
     seconds = rounds_of(arms, rounds)
     over = {name: ratios(seconds, name, "plain") for name in arms if name != "plain"}
     median = sorted(seconds["plain"])[rounds // 2]
     return {"workload": workload.title, "rounds": rounds, "seconds": median, "over_plain": over}
+
+
+def takes_features(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> bool:
+    """Whether any of the model's layers does in a forward."""
+    taken: list[bool] = []
+    layers = [module for module in model.modules() if isinstance(module, DOConv2d) and module.D is not None]
+    handles = [
+        layer.register_forward_pre_hook(lambda m, args: taken.append(m.takes_features(*args))) for layer in layers
+    ]
+    loss(model)
+    for handle in handles:
+        handle.remove()
+    return any(taken)
 
 
 def main() -> None:
