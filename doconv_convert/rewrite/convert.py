@@ -44,9 +44,9 @@ def to_doconv(
         pointwise: give 1x1 kernels a D too.
         max_d_params: a site whose D would hold more numbers is kept as it is.
         seed: draws weight_extra (D_mul > K); the global random state is not touched.
-        composition: how convolution layers train: "kernel" (D and W are multiplied, then one convolution),
-            "feature", or "auto", which is faster where wide layers give few outputs (`DOConv2d`) and, in training,
-            equal to rounding only.
+        composition: how convolution layers train: "kernel" (D and W are multiplied, then one convolution), "feature",
+            or "auto", which is faster where wide layers give few outputs (`DOConv2d.takes_features`) and, in
+            training, equal to rounding only.
         inplace: convert `model` itself instead of a copy.
 
     Returns:
