@@ -4,7 +4,7 @@ import copy
 import functools
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,21 @@ from torch.utils._pytree import tree_leaves
 
 import sample_models
 from doconv_convert.artifacts.sources import build, parse_source
+from doconv_convert.check.runtime import OnnxSession
 
 SAMPLES = ("residual", "grouped", "functional", "tied", "control_flow", "digits")
 # The share of the output's scale by which a lively net tells two images apart.
 LIVELY_SPREAD = 1e-2
+
+
+def inexact_session(error: float, where: Callable[[OnnxSession], bool] = lambda s: not s.precise) -> type[OnnxSession]:
+    """An onnxruntime that is off by `error`, relative, in those sessions."""
+
+    class Inexact(OnnxSession):
+        def run(self, inputs: Any) -> Any:
+            return [value * np.float32(1 + error * where(self)) for value in super().run(inputs)]
+
+    return Inexact
 
 
 def sample_source(name: str) -> str:

@@ -29,16 +29,15 @@ def in_float64(model: ModelProto) -> ModelProto:
 
 
 def _widen(graph: GraphProto) -> None:
-    nodes = [NodeProto.FromString(node.SerializeToString()) for node in graph.node]
+    nodes = [one for node in graph.node for one in _widened(node)]
     del graph.node[:]
-    for node in nodes:
-        for attribute in node.attribute:
-            if attribute.type == AttributeProto.GRAPH:
-                _widen(attribute.g)
-        graph.node.extend(_widened(node))
+    graph.node.extend(nodes)
 
 
 def _widened(node: NodeProto) -> Iterator[NodeProto]:
+    for attribute in node.attribute:
+        if attribute.type == AttributeProto.GRAPH:
+            _widen(attribute.g)
     if node.op_type not in LOOSE or node.domain not in ("", "ai.onnx"):
         yield node
         return

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from doconv_convert.check.detections import in_order_of
 from doconv_convert.check.graph import GraphComparison, compare_graphs
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from doconv_convert.rewrite.trained import Layer
 
 State = Literal["passed", "failed", "not checked"]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -142,23 +143,27 @@ def dynamic_sizes(path: Path, inputs: Sequence[Array]) -> dict[str, int]:
 
 
 def check_outputs(candidate: Path, side: TorchSide) -> tuple[Status, list[OutputCheck]]:
-    """onnxruntime against the float64 run of the trained model.
+    """onnxruntime against the float64 run of the trained model."""
+    return judge(lambda precise, floor: _compare(OnnxSession(candidate, precise=precise), side, floor))
+
+
+def judge(compare: Callable[[bool, float], tuple[Status, _T]]) -> tuple[Status, _T]:
+    """The status of a file's outputs, and what belongs to it. `compare` runs the file (precise, least bound).
 
     Where values are off, onnxruntime's own sums and sigmoids may be why (`precise.py`): then the file passes if it does
     with those in float64, and without if it keeps to ONNX_BOUND.
     """
-    session = OnnxSession(candidate)
-    status, checks = _compare(session, side)
-    if status.state == "passed" or _compare(session, side, ONNX_BOUND)[0].state == "failed":
-        return status, checks
-    precise, precise_checks = _compare(OnnxSession(candidate, precise=True), side)
+    status, found = compare(False, FLOOR)
+    if status.state == "passed" or compare(False, ONNX_BOUND)[0].state == "failed":
+        return status, found
+    precise, precise_found = compare(True, FLOOR)
     if precise.state == "failed":
-        return status, checks
+        return status, found
     why = f"sums and sigmoids computed in float64, since in float32 {'; '.join(status.findings[:3])}"
-    return replace(precise, detail=f"{precise.detail}; {why}"), precise_checks
+    return replace(precise, detail=f"{precise.detail}; {why}"), precise_found
 
 
-def _compare(session: OnnxSession, side: TorchSide, floor: float = FLOOR) -> tuple[Status, list[OutputCheck]]:
+def _compare(session: OnnxSession, side: TorchSide, floor: float) -> tuple[Status, list[OutputCheck]]:
     got = session.run(side.inputs)
     if len(got) != len(side.truth):
         detail = f"the file has {len(got)} outputs, the model {len(side.truth)}"

@@ -7,7 +7,6 @@ Nothing that can be found out here is believed: hashes are taken, MACs counted a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from doconv_convert.artifacts.files import content_hash
 from doconv_convert.artifacts.samples import in_order, read_samples
 from doconv_convert.check.certificate import file_hashes, read_certificate
 from doconv_convert.check.macs import MacCount, NodeMacs, compare_counts, count_macs, format_macs
-from doconv_convert.check.outputs import FLOOR, ONNX_BOUND, Array
-from doconv_convert.check.proof import Proof, Status
+from doconv_convert.check.outputs import Array
+from doconv_convert.check.proof import Proof, Status, judge
 from doconv_convert.check.reference import Expected, array_hash, compare_with, read_arrays
 from doconv_convert.check.runtime import OnnxSession
 from doconv_convert.errors import CheckFailedError, DoconvError, UsageError
@@ -118,41 +117,32 @@ def _outputs(candidate: Path, certificate: Path, expected: Mapping[str, Any], sa
     arrays = read_arrays(_beside(certificate, expected))
     inputs = _inputs(arrays, expected["inputs"], samples)
     outputs = [_expected(one, arrays[f"output_{index}"]) for index, one in enumerate(expected["tensors"])]
-    compare = partial(_compare, candidate, inputs, outputs, expected["detections"])
-    problems, told = compare()
-    # as in `check_outputs`: the runtime's own sums and sigmoids may be why
-    if problems and not compare(floor=ONNX_BOUND)[0]:
-        still, precise_told = compare(precise=True)
-        if not still:
-            told = f"{precise_told}; sums and sigmoids computed in float64, since in float32 {'; '.join(problems[:3])}"
-            problems = []
-    if problems or not outputs:
-        return Status("outputs", "failed", "other than the certificate's float64 outputs", tuple(problems))
-    return Status("outputs", "passed", f"{len(outputs)} outputs on {expected['samples']} samples: {told}")
 
+    def compare(precise: bool, floor: float) -> tuple[Status, None]:
+        problems, worst = [], (0.0, 0.0)
+        for optimise in (True, False):
+            session = OnnxSession(candidate, optimise=optimise, precise=precise)
+            if session.outputs != [one.name for one in outputs]:
+                detail = f"outputs are named {session.outputs}, not as in the certificate"
+                return Status("outputs", "failed", detail), None
+            how = "" if optimise else ", with optimisations off"
+            for name, error, bound, problem in compare_with(
+                outputs, session.run(inputs), expected["detections"], floor
+            ):
+                if problem is not None:
+                    problems.append(f"'{name}' {problem}{how}")
+                elif bound and error / bound >= (worst[0] / worst[1] if worst[1] else 0.0):
+                    worst = error, bound
+        if problems or not outputs:
+            told = "other than the certificate's float64 outputs"
+            return Status("outputs", "failed", told, tuple(problems)), None
+        detail = (
+            f"{len(outputs)} outputs on {expected['samples']} samples: onnxruntime is off by {worst[0]:.1e} of the "
+            f"scale, allowed {worst[1]:.1e}; optimisations on and off"
+        )
+        return Status("outputs", "passed", detail), None
 
-def _compare(
-    candidate: Path,
-    inputs: Sequence[Array],
-    outputs: Sequence[Expected],
-    detections: Sequence[Mapping[str, int]],
-    floor: float = FLOOR,
-    precise: bool = False,
-) -> tuple[list[str], str]:
-    """What went wrong, and a sentence on the largest error."""
-    problems, worst = [], (0.0, 0.0)
-    for optimise in (True, False):
-        session = OnnxSession(candidate, optimise=optimise, precise=precise)
-        if session.outputs != [one.name for one in outputs]:
-            return [f"outputs are named {session.outputs}, not as in the certificate"], ""
-        how = "" if optimise else ", with optimisations off"
-        for name, error, bound, problem in compare_with(outputs, session.run(inputs), detections, floor):
-            if problem is not None:
-                problems.append(f"'{name}' {problem}{how}")
-            elif bound and error / bound >= (worst[0] / worst[1] if worst[1] else 0.0):
-                worst = error, bound
-    told = f"onnxruntime is off by {worst[0]:.1e} of the scale, allowed {worst[1]:.1e}; optimisations on and off"
-    return problems, told
+    return judge(compare)[0]
 
 
 def _expected(one: Mapping[str, Any], values: Array) -> Expected:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto
+from onnx import ModelProto, helper
 from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
 from doconv_convert.check.onnx_model import read_model
@@ -80,8 +80,6 @@ def onnx_input_shapes(path: Path) -> Mapping[str, list[int | str]]:
 
 def onnx_inputs(path: Path) -> Mapping[str, tuple[np.dtype[Any], list[int | str]]]:
     """Input names, dtypes and shapes of a file. Raises DoconvError where it is no ONNX model."""
-    from onnx import helper
-
     graph = read_model(path).graph
     known = {tensor.name for tensor in graph.initializer}
     found = {}

@@ -30,7 +30,6 @@ from doconv_convert.errors import UsageError
 # Numbers in a piece of a kernel: 4 MiB of float64.
 PIECE = 2**19
 COMPOSITIONS = ("kernel", "feature", "auto")
-CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def resolve_d_mul(d_mul: int | str, positions: int) -> int:

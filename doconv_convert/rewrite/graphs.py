@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn import functional
 
-from doconv_convert.nn.composition import CONVOLUTIONS, compose_kernel
+from doconv_convert.nn.composition import compose_kernel
 from doconv_convert.rewrite.sites import Reason
 
 _aten = torch.ops.aten
 _TRANSPOSED_CALLS = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
 # call -> position of its `groups` argument
 _GROUPS_POSITION: dict[Any, int] = {
-    **dict.fromkeys(CONVOLUTIONS.values(), 6),
+    **dict.fromkeys((functional.conv1d, functional.conv2d, functional.conv3d), 6),
     **dict.fromkeys(
         [getattr(getattr(_aten, f"conv{n}d"), overload) for n in (1, 2, 3) for overload in ("default", "padding")],
         6,

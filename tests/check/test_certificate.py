@@ -11,7 +11,7 @@ import jsonschema
 import numpy as np
 import pytest
 from onnx import numpy_helper
-from support import varied_images
+from support import inexact_session, varied_images
 from support_cli import ROOT, ExportsHere, names, run_cli, run_python, trained, write_model
 
 import doconv_convert
@@ -25,7 +25,6 @@ from doconv_convert.check.certificate import SCHEMA, digest
 from doconv_convert.check.loaded import load_trained
 from doconv_convert.check.outputs import ONNX_BOUND
 from doconv_convert.check.recheck import verify_certificate
-from doconv_convert.check.runtime import OnnxSession
 from doconv_convert.rewrite.sites import Options
 
 # A small output, which is kept whole, and one of 3 x 8 x 64 x 64 = 98,304 elements, which is kept as a sketch.
@@ -315,11 +314,7 @@ def test_the_runtimes_own_rounding_is_no_fault(files: Path, monkeypatch: pytest.
     """Here onnxruntime's float32 sums are made worse, those in float64 are not."""
 
     def outputs(error: float) -> Any:
-        class Inexact(OnnxSession):
-            def run(self, inputs: Any) -> Any:
-                return [value * np.float32(1 + error * (not self.precise)) for value in super().run(inputs)]
-
-        monkeypatch.setattr(recheck, "OnnxSession", Inexact)
+        monkeypatch.setattr(recheck, "OnnxSession", inexact_session(error))
         return verify_certificate(files / "m.onnx", files / "m.certificate.json").statuses[-1]
 
     assert "computed in float64" not in outputs(0.0).detail

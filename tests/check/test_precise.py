@@ -8,6 +8,7 @@ import onnx
 import pytest
 import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
+from support import inexact_session
 from torch import Tensor, nn
 
 from doconv_convert.artifacts.onnx_export import export_onnx
@@ -108,15 +109,9 @@ def test_weights_in_another_file_are_found(
     assert relative_error(got, side.truth[0]) < FLOOR
 
 
-def inexact(monkeypatch: pytest.MonkeyPatch, error: float, where: Any = lambda session: not session.precise) -> None:
-    """An onnxruntime that is off by `error` in those sessions."""
-
-    class Inexact(OnnxSession):
-        def run(self, inputs: Any) -> Any:
-            return [value * np.float32(1 + error * where(self)) for value in super().run(inputs)]
-
+def inexact(monkeypatch: pytest.MonkeyPatch, *error: Any) -> None:
     for module in (proof, other_runs):
-        monkeypatch.setattr(module, "OnnxSession", Inexact)
+        monkeypatch.setattr(module, "OnnxSession", inexact_session(*error))
 
 
 def checked(gated: tuple[Path, TorchSide]) -> Status:

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from doconv_convert import DOConv1d, DOConv2d, DOConv3d, UsageError, feature_macs, kernel_macs
 from doconv_convert.nn import composition
-from doconv_convert.nn.composition import CONVOLUTIONS, compose_kernel, resolve_d_mul, row_pieces
+from doconv_convert.nn.composition import compose_kernel, resolve_d_mul, row_pieces
 
 # Said by torch once a process, of the plain layer too.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -241,7 +241,7 @@ def textbook_macs(case: Case, x: Tensor, composition: str) -> int:
     """What torch's own counter finds in a composition written with one einsum a group, or two convolutions."""
     layer: Any = case.layer(composition=composition)
     spatial, groups = len(case.kernel), case.groups
-    convolve = CONVOLUTIONS[spatial]
+    convolve: Any = getattr(F, f"conv{spatial}d")
     w = torch.cat([t for t in (layer.weight.flatten(2), layer.weight_extra) if t is not None], 2)
     with FlopCounterMode(display=False) as counter:
         if composition == "feature":
