@@ -26,6 +26,8 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from doconv_convert.errors import UsageError
+from doconv_convert.nn import compiled
+from doconv_convert.nn.product import compiled_product, plus_product
 
 # Numbers in a piece of a kernel: 4 MiB of float64.
 PIECE = 2**19
@@ -68,6 +70,8 @@ def compose_kernel(weight: Tensor, d: Tensor, weight_extra: Tensor | None = None
     """
     if isinstance(d, fx.Proxy):
         return _as_one_node(compose_kernel, weight, d, weight_extra, groups)
+    if weight_extra is None and weight.is_contiguous() and compiled.serves(weight, d, groups):
+        return compiled_product(weight, d, groups)  # nothing to cast, copy or switch off
     device = weight.device.type
     # A context manager costs more than a small composition: enter it only where there is something to switch off.
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
@@ -235,44 +239,6 @@ def _part(tensor: Tensor | None, rows: slice) -> Tensor | None:
 
 
 def _composed(weight: Tensor, d: Tensor, weight_extra: Tensor | None, groups: int, dtype: torch.dtype) -> Tensor:
-    first = weight.flatten(2).to(dtype)
-    slots = first if weight_extra is None else torch.cat([first, weight_extra.to(dtype)], dim=2)
-    return _plus_product(first, slots, d.to(dtype), groups).reshape(weight.shape).to(weight.dtype)
-
-
-def _channels_a_block(rows: int, per_group: int, positions: int) -> int:
-    """How many input channels (a divisor of C_in/g) one matrix product of a composition takes; each has `rows` rows.
-
-    A channel's own product has rows of K = 9 numbers, which fill neither a vector register nor a cache line.
-    Neighbours in memory share one, with a block-diagonal D, until a row has 16: more arithmetic, and less time at
-    512x512x3x3 (docs/benchmarks.md). With few rows the larger D would cost more than it saves, in time and in
-    memory until the backward.
-    """
-    width = 1
-    while rows > 64 and width * positions < 16 and per_group % (2 * width) == 0:
-        width *= 2
-    return width
-
-
-def _plus_product(first: Tensor, slots: Tensor, d: Tensor, groups: int) -> Tensor:
-    """first + D slots, (C_out, C_in/g, K) and (C_out, C_in/g, S) giving the numbers of the former in its order."""
-    out_channels, per_group, positions = first.shape
-    if out_channels == groups and per_group == 1:  # one vector a channel, in memory as the product needs it
-        return torch.baddbmm(first, slots, d.transpose(1, 2))
-    width = _channels_a_block(out_channels // groups, per_group, positions)
-    shape = groups, out_channels // groups, per_group // width, -1
-    base = first.reshape(shape)
-    # One view for both where it can be: the gradients that meet there are summed without a copy.
-    rows = base if slots is first else slots.reshape(shape)
-    matrices = rows.transpose(1, 2).flatten(0, 1)
-    product = torch.bmm(matrices, _block_diagonal(d, width).transpose(1, 2))
-    return base + product.view(groups, -1, *product.shape[1:]).transpose(1, 2)
-
-
-def _block_diagonal(d: Tensor, width: int) -> Tensor:
-    """(C_in, K, S) -> (C_in/width, width*K, width*S), with a channel's D in each diagonal block."""
-    if width == 1:
-        return d
-    _, positions, slots = d.shape
-    blocks = d.reshape(-1, width, positions, slots).permute(0, 2, 3, 1)
-    return torch.diag_embed(blocks, dim1=1, dim2=3).reshape(-1, width * positions, width * slots)
+    first = weight.to(dtype)
+    slots = first if weight_extra is None else torch.cat([first.flatten(2), weight_extra.to(dtype)], dim=2)
+    return plus_product(first, slots, d.to(dtype), groups).to(weight.dtype)

@@ -1,0 +1,118 @@
+"""`product.c`, where the package was built with a C compiler: product.py's arithmetic for plain tensors on the CPU.
+
+torch's own products of 9 x 9 matrices leave a processor mostly idle, and they need copies; docs/benchmarks.md has both.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+LANES = 16  # product.c's: the most kernel positions it takes
+_SIZE, _ADDRESS = ctypes.c_ssize_t, ctypes.c_void_p
+_ORDINARY = (Tensor, nn.Parameter)
+# product.c's functions: how many addresses and sizes each takes; the number of threads comes last.
+_FUNCTIONS = {
+    "compose": (4, 4),
+    "differentiate": (6, 4),
+    "compose_depthwise": (3, 2),
+    "differentiate_depthwise": (5, 2),
+}
+
+
+def _load(real: str) -> ctypes.CDLL | None:
+    """The library of this processor for `real`, C's name of a dtype; None where none was built (hatch_build.py)."""
+    processor = torch.backends.cpu.get_cpu_capability().lower()
+    path = Path(__file__).with_name(f"_product_{processor}_{real}.so")
+    if not path.exists():
+        return None
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        warnings.warn(f"'{path.name}' cannot be loaded ({error}); compositions take longer.", stacklevel=2)
+        return None
+    for name, (addresses, sizes) in _FUNCTIONS.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = [*[_ADDRESS] * addresses, *[_SIZE] * sizes, ctypes.c_int], None
+    return library
+
+
+LIBRARIES = {torch.float32: _load("float"), torch.float64: _load("double")}
+
+
+def serves(first: Tensor, d: Tensor, groups: int) -> bool:
+    """Whether `compose` and `differentiate` take these: ordinary tensors on the CPU, (C_out, C_in/g, *size) of K
+    positions and (C_in, K, K), K <= 16 or depthwise, that no tracer and no transformation is looking at."""
+    return (
+        LIBRARIES.get(first.dtype) is not None
+        and first.dtype == d.dtype
+        and type(first) in _ORDINARY
+        and type(d) in _ORDINARY
+        and first.is_cpu
+        and d.is_cpu
+        and d.shape[1] == d.shape[2]
+        and (d.shape[1] <= LANES or _is_depthwise(first, d, groups))
+        and not _is_looked_at()
+    )
+
+
+def _is_looked_at() -> bool:
+    """By a compiler, an exporter, a dispatch mode (fake tensors, make_fx), torch.func or forward-mode gradients: all
+    follow torch's operations, and would not see what happens in C."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.maybe_current_level() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def compose(first: Tensor, d: Tensor, groups: int) -> Tensor:
+    """first + D first: (C_out, C_in/g, *size) of K positions and (C_in, K, K) give first's shape."""
+    first, d = first.contiguous(), d.contiguous()
+    out, threads, library = torch.empty_like(first), torch.get_num_threads(), _library(first)
+    if _is_depthwise(first, d, groups):
+        library.compose_depthwise(*_addresses(first, d, out), *d.shape[:2], threads)
+    else:
+        table = d.new_empty(*d.shape[:2], LANES)
+        library.compose(*_addresses(first, d, out, table), *_sizes(first, d, groups), threads)
+    return out
+
+
+def differentiate(gradient: Tensor, first: Tensor, d: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """The gradients of first and D from the kernel's, in the shapes of `compose`."""
+    gradient, first, d = gradient.contiguous(), first.contiguous(), d.contiguous()
+    tensors = gradient, first, d, torch.empty_like(first), torch.empty_like(d)
+    threads, library = torch.get_num_threads(), _library(first)
+    if _is_depthwise(first, d, groups):
+        library.differentiate_depthwise(*_addresses(*tensors), *d.shape[:2], threads)
+    else:
+        sums = d.new_empty(*d.shape[:2], LANES)
+        library.differentiate(*_addresses(*tensors, sums), *_sizes(first, d, groups), threads)
+    return tensors[3:]
+
+
+def _is_depthwise(first: Tensor, d: Tensor, groups: int) -> bool:
+    return first.shape[0] == groups == d.shape[0]
+
+
+def _addresses(*tensors: Tensor) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def _sizes(first: Tensor, d: Tensor, groups: int) -> tuple[int, int, int, int]:
+    """Groups, output channels and input channels in each, and K."""
+    return groups, first.shape[0] // groups, first.shape[1], d.shape[1]
+
+
+def _library(tensor: Tensor) -> ctypes.CDLL:
+    library = LIBRARIES[tensor.dtype]
+    if library is None:
+        raise RuntimeError(f"product.c was not built for {tensor.dtype}; ask `serves` first.")
+    return library
