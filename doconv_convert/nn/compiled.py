@@ -80,8 +80,8 @@ def compose(first: Tensor, d: Tensor, groups: int) -> Tensor:
     if _is_depthwise(first, d, groups):
         library.compose_depthwise(*_addresses(first, d, out), *d.shape[:2], threads)
     else:
-        table = d.new_empty(*d.shape[:2], LANES)
-        library.compose(*_addresses(first, d, out, table), *_sizes(first, d, groups), threads)
+        transposed = torch.empty_like(d)
+        library.compose(*_addresses(first, d, out, transposed), *_sizes(first, d, groups), threads)
     return out
 
 
@@ -103,6 +103,7 @@ def _is_depthwise(first: Tensor, d: Tensor, groups: int) -> bool:
 
 
 def _addresses(*tensors: Tensor) -> list[int]:
+    """Where their numbers are, as long as the caller holds them."""
     return [tensor.data_ptr() for tensor in tensors]
 
 

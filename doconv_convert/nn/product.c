@@ -18,16 +18,14 @@ INLINE size smaller(size a, size b) { return a < b ? a : b; }
 INLINE vector load(const REAL *from) { return *(const vector *)from; }
 INLINE void store(REAL *to, vector x) { *(vector *)to = x; }
 
-/* One input channel in `rows` rows, n numbers apart: out = w + sum_s w[s] matrix[s], the first `numbers` of it. The
-   rows of `matrix` are `stride` numbers apart. */
-INLINE void add_product(const REAL *w, const REAL *matrix, size stride, REAL *out, size n, size rows, size k,
-                        size numbers) {
+/* One input channel in `rows` rows, n numbers apart: out = w + sum_s w[s] matrix[s], the first `numbers` of it. */
+INLINE void add_product(const REAL *w, const REAL *matrix, REAL *out, size n, size rows, size k, size numbers) {
   vector sum[ROWS][PARTS];
   for (size r = 0; r < rows; r++)
     for (size i = 0; i < PARTS; i++) sum[r][i] = load(w + r * n + i * WIDE);
   for (size s = 0; s < k; s++)
     for (size i = 0; i < PARTS; i++) {
-      vector d = load(matrix + s * stride + i * WIDE);
+      vector d = load(matrix + s * k + i * WIDE);
       for (size r = 0; r < rows; r++) sum[r][i] += w[r * n + s] * d;
     }
   for (size r = 0; r < rows; r++) {
@@ -38,25 +36,23 @@ INLINE void add_product(const REAL *w, const REAL *matrix, size stride, REAL *ou
 }
 
 /* The same for all rows where LANES numbers would reach beyond a row's end. */
-INLINE void add_product_at_end(const REAL *w, const REAL *matrix, size stride, REAL *out, size n, size rows, size k) {
+INLINE void add_product_at_end(const REAL *w, const REAL *matrix, REAL *out, size n, size rows, size k) {
   for (size r = 0; r < rows; r++)
     for (size p = 0; p < k; p++) {
       REAL sum = w[r * n + p];
-      for (size s = 0; s < k; s++) sum += w[r * n + s] * matrix[s * stride + p];
+      for (size s = 0; s < k; s++) sum += w[r * n + s] * matrix[s * k + p];
       out[r * n + p] = sum;
     }
 }
 
-INLINE void compose_rows(const REAL *w, const REAL *table, REAL *out, size channels, size rows, size k) {
+INLINE void compose_rows(const REAL *w, const REAL *transposed, REAL *out, size channels, size rows, size k) {
   size n = channels * k, c = 0;
-  for (; c * k + LANES <= n; c++)
-    add_product(w + c * k, table + c * k * LANES, LANES, out + c * k, n, rows, k, LANES);
-  for (; c < channels; c++) add_product_at_end(w + c * k, table + c * k * LANES, LANES, out + c * k, n, rows, k);
+  for (; c * k + LANES <= n; c++) add_product(w + c * k, transposed + c * k * k, out + c * k, n, rows, k, LANES);
+  for (; c < channels; c++) add_product_at_end(w + c * k, transposed + c * k * k, out + c * k, n, rows, k);
 }
 
-/* out[o, c, p] = w[o, c, p] + sum_s D[c, p, s] w[o, c, s]. `table` is room for (groups * channels, k, LANES) numbers:
-   D transposed. */
-void compose(const REAL *w, const REAL *d, REAL *out, REAL *table, size groups, size rows, size channels, size k,
+/* out[o, c, p] = w[o, c, p] + sum_s D[c, p, s] w[o, c, s]. `transposed` is room for D[c, s, p]. */
+void compose(const REAL *w, const REAL *d, REAL *out, REAL *transposed, size groups, size rows, size channels, size k,
              int threads) {
   size blocks = (rows + ROWS - 1) / ROWS, n = channels * k;
 #pragma omp parallel num_threads(threads)
@@ -64,12 +60,12 @@ void compose(const REAL *w, const REAL *d, REAL *out, REAL *table, size groups, 
 #pragma omp for
     for (size c = 0; c < groups * channels; c++)
       for (size s = 0; s < k; s++)
-        for (size p = 0; p < LANES; p++) table[(c * k + s) * LANES + p] = p < k ? d[(c * k + p) * k + s] : 0;
+        for (size p = 0; p < k; p++) transposed[(c * k + s) * k + p] = d[(c * k + p) * k + s];
 #pragma omp for
     for (size b = 0; b < groups * blocks; b++) {
       size group = b / blocks, first = b % blocks * ROWS, some = smaller(ROWS, rows - first);
       size at = (group * rows + first) * n;
-      const REAL *own = table + group * n * LANES;
+      const REAL *own = transposed + group * n * k;
       if (some < ROWS)
         for (size r = 0; r < some; r++) compose_rows(w + at + r * n, own, out + at + r * n, channels, 1, k);
       else if (k == 9) compose_rows(w + at, own, out + at, channels, ROWS, 9);
@@ -108,13 +104,13 @@ INLINE void differentiate_range(const REAL *g, const REAL *w, const REAL *d, REA
       REAL *own = sums + c * k * LANES;
       if (c * k + LANES > n) {
         add_outer_at_end(g + at, w + at, own, n, some, k);
-        add_product_at_end(g + at, matrix, k, for_w + at, n, some, k);
+        add_product_at_end(g + at, matrix, for_w + at, n, some, k);
       } else if (some < ROWS || c + 1 == last) { /* the next channel's numbers may be another thread's */
         add_outer(g + at, w + at, own, n, some, k);
-        add_product(g + at, matrix, k, for_w + at, n, some, k, k);
+        add_product(g + at, matrix, for_w + at, n, some, k, k);
       } else {
         add_outer(g + at, w + at, own, n, ROWS, k);
-        add_product(g + at, matrix, k, for_w + at, n, ROWS, k, LANES);
+        add_product(g + at, matrix, for_w + at, n, ROWS, k, LANES);
       }
     }
   for (size i = first * k; i < last * k; i++)
