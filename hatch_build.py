@@ -1,16 +1,18 @@
 """Compiles doconv_convert/nn/product.c into the wheel, or beside its source for an editable install.
 
 Without a C compiler, and anywhere but on x86-64 Linux, the package is the same without it: torch's operations do that
-arithmetic then, in about three times the time (docs/benchmarks.md).
+arithmetic then, and training takes longer (docs/benchmarks.md).
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +29,30 @@ PROCESSORS = {
 
 class CompileProduct(BuildHookInterface):  # type: ignore[type-arg]
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        if self.target_name != "wheel" or sys.platform != "linux" or platform.machine() != "x86_64":
+        if sys.platform != "linux" or platform.machine() != "x86_64":
             return
-        root = Path(self.root)
-        compiler = shlex.split(os.environ.get("CC", "cc"))
-        for processor, options in PROCESSORS.items():
-            for real in ("float", "double"):
-                library = SOURCE.with_name(f"_product_{processor}_{real}.so")
-                command = [*compiler, "-O3", "-shared", "-fPIC", "-fopenmp", *options, f"-DREAL={real}"]
-                try:
-                    subprocess.run([*command, "-o", library, SOURCE], cwd=root, check=True, capture_output=True)
-                except (OSError, subprocess.CalledProcessError) as error:
-                    said = (getattr(error, "stderr", b"") or b"").decode(errors="replace")
-                    self.app.display_warning(f"product.c is left out, training takes longer: {error} {said}")
-                    return
-                build_data["artifacts"].append(f"/{library}")
-        build_data["pure_python"] = False
-        build_data["tag"] = f"py3-none-{next(platform_tags())}"
+        source = Path(self.root) / SOURCE
+        self._folder = tempfile.TemporaryDirectory()  # lives as long as the build
+        folder = source.parent if version == "editable" else Path(self._folder.name)
+        for old in folder.glob("_product_*.so"):
+            old.unlink()
+        try:
+            libraries = [compiled(source, folder, name, real) for name in PROCESSORS for real in ("float", "double")]
+        except (OSError, subprocess.CalledProcessError) as error:
+            said = (getattr(error, "stderr", b"") or b"").decode(errors="replace")
+            self.app.display_warning(f"product.c is left out, training takes longer: {error} {said}")
+            return
+        if version != "editable":
+            build_data["force_include"] |= {str(library): f"{SOURCE.parent}/{library.name}" for library in libraries}
+            build_data["pure_python"] = False
+            build_data["tag"] = f"py3-none-{next(platform_tags())}"
+
+
+def compiled(source: Path, folder: Path, processor: str, real: str) -> Path:
+    """A library in `folder`, named as compiled.py looks for it."""
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:8]
+    library = folder / f"_product_{processor}_{real}_{digest}.so"
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    options = "-O3", "-shared", "-fPIC", "-fopenmp", *PROCESSORS[processor], f"-DREAL={real}"
+    subprocess.run([*compiler, *options, "-o", library, source], check=True, capture_output=True)
+    return library

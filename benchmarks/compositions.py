@@ -1,4 +1,4 @@
-"""One kernel's composition, forward and backward: the way taken, the textbook's, and what was tried and left.
+"""One kernel's composition, forward and backward: the ways taken, the textbook's, and what was tried and left.
 
     python benchmarks/compositions.py [--rounds 40] [--json docs/data/benchmarks/compositions.json]
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from doconv_convert.nn.composition import compose_kernel
+from doconv_convert.nn.product import by_torch
 
 Way = Callable[[Tensor, Tensor], Tensor]
 EYE = torch.eye(9)
@@ -133,7 +134,8 @@ def custom(width: int) -> Way:
 
 
 WAYS: dict[str, Way] = {
-    "ours (blocks of 2)": compose_kernel,
+    "ours": compose_kernel,
+    "ours, without product.c (blocks of 2)": lambda w, d: by_torch(w, w, d, 1),
     "textbook": textbook,
     "transposed copies": transposed,
     "blocks of 1": blocks(1),
@@ -173,7 +175,7 @@ def main() -> None:
     options = parser.parse_args()
     sizes = {str(channels): measure(channels, options.rounds) for channels in (64, 128, 256, 512)}
     for name in WAYS:
-        print(f"{name:22s}" + "".join(f"{row[name]:10.2f}" for row in sizes.values()) + "  ms")
+        print(f"{name:38s}" + "".join(f"{row[name]:10.2f}" for row in sizes.values()) + "  ms")
     if options.json:
         result = {**machine(), "rounds": options.rounds, "milliseconds": sizes}
         options.json.write_text(json.dumps(result, indent=1) + "\n")

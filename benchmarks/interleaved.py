@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
+from doconv_convert.nn import compiled
+
 Arms = Mapping[str, Callable[[], Any]]
 
 
 def machine() -> dict[str, Any]:
-    """What a figure depends on, without naming the machine."""
+    """What a figure depends on, without naming the machine; `vectors` are those that product.c was compiled for."""
     model = ""
     try:
         with open("/proc/cpuinfo") as lines:
@@ -26,6 +28,7 @@ def machine() -> dict[str, Any]:
         "machine": f"{model or platform.machine()}, {os.cpu_count()} cores",
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "vectors": torch.backends.cpu.get_cpu_capability() if compiled.LIBRARIES[torch.float32] else None,
     }
 
 

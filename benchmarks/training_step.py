@@ -4,14 +4,16 @@
 
 Each step is forward, loss, backward and SGD with momentum, on random images; the models take turns in one process.
 RetinaNet and RAFT, whose heads and update block run many times in one forward, have one more arm, inside `cached`;
-composition="auto" is one where it takes features anywhere.
+all others one whose compositions are left to torch, without product.c. composition="auto" is one where it takes
+features anywhere.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from workloads import Trainer, Workload
 
 from doconv_convert import DOConv2d, cached, to_doconv
+from doconv_convert.nn import compiled
 
 WORKLOADS = [
     Workload("resnet18", 16, 224),
@@ -51,6 +54,8 @@ def measure(workload: Workload, rounds: int) -> dict[str, Any]:
     }
     if workload.model.startswith(("retinanet", "raft")):
         trainers["cached"] = Trainer(to_doconv(plain), loss, cached)
+    else:
+        trainers["torch"] = Trainer(to_doconv(plain), loss, without_product)
     auto = to_doconv(plain, composition="auto").train()
     if takes_features(auto, loss):
         trainers["auto"] = Trainer(auto, loss)
@@ -59,6 +64,16 @@ def measure(workload: Workload, rounds: int) -> dict[str, Any]:
     over = {name: ratios(seconds, name, "plain") for name in arms if name != "plain"}
     median = sorted(seconds["plain"])[rounds // 2]
     return {"workload": workload.title, "rounds": rounds, "seconds": median, "over_plain": over}
+
+
+@contextmanager
+def without_product(model: nn.Module) -> Iterator[None]:
+    libraries = dict(compiled.LIBRARIES)
+    compiled.LIBRARIES.clear()
+    try:
+        yield
+    finally:
+        compiled.LIBRARIES.update(libraries)
 
 
 def takes_features(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> bool:

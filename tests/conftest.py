@@ -49,3 +49,16 @@ def pooled_children() -> Iterator[None]:
 def own_children(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of the children themselves: a fresh process each."""
     monkeypatch.setattr(export_child, "Child", OwnChild)
+
+
+@pytest.fixture(scope="module", params=["product.c", "torch's operations"])
+def both_arithmetics(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test of the module twice: with and without the compiled product."""
+    from doconv_convert.nn import compiled  # torch, after OMP_NUM_THREADS
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param != "product.c":
+            patch.setattr(compiled, "LIBRARIES", {})
+        elif not any(compiled.LIBRARIES.values()):
+            pytest.skip("product.c was not compiled")
+        yield

@@ -6,6 +6,7 @@ torch's own products of 9 x 9 matrices leave a processor mostly idle, and they n
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import warnings
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 LANES = 16  # product.c's: the most kernel positions it takes
+_SOURCE = Path(__file__).with_name("product.c")
 _SIZE, _ADDRESS = ctypes.c_ssize_t, ctypes.c_void_p
 _ORDINARY = (Tensor, nn.Parameter)
 # product.c's functions: how many addresses and sizes each takes; the number of threads comes last.
@@ -25,10 +27,11 @@ _FUNCTIONS = {
 }
 
 
-def _load(real: str) -> ctypes.CDLL | None:
-    """The library of this processor for `real`, C's name of a dtype; None where none was built (hatch_build.py)."""
-    processor = torch.backends.cpu.get_cpu_capability().lower()
-    path = Path(__file__).with_name(f"_product_{processor}_{real}.so")
+def load(processor: str, real: str) -> ctypes.CDLL | None:
+    """The library for `processor` ("avx512", "avx2") and `real`, C's name of a dtype; None where hatch_build.py has
+    built none from this very product.c."""
+    digest = hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:8]
+    path = _SOURCE.with_name(f"_product_{processor}_{real}_{digest}.so")
     if not path.exists():
         return None
     try:
@@ -42,7 +45,8 @@ def _load(real: str) -> ctypes.CDLL | None:
     return library
 
 
-LIBRARIES = {torch.float32: _load("float"), torch.float64: _load("double")}
+_PROCESSOR = torch.backends.cpu.get_cpu_capability().lower()
+LIBRARIES = {torch.float32: load(_PROCESSOR, "float"), torch.float64: load(_PROCESSOR, "double")}
 
 
 def serves(first: Tensor, d: Tensor, groups: int) -> bool:

@@ -37,13 +37,13 @@ class _Compiled(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (first, d), groups, gradient = ctx.saved_tensors, ctx.groups, gradients[0]
         if torch.is_grad_enabled() or not compiled.serves(gradient, d, groups):  # differentiated itself, or looked at
-            for_first, for_d = _differentiated(gradient, first, d, groups)
+            for_first, for_d = differentiated(gradient, first, d, groups)
         else:
             for_first, for_d = compiled.differentiate(gradient, first, d, groups)
         return for_first, for_d, None
 
 
-def _differentiated(gradient: Tensor, first: Tensor, d: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+def differentiated(gradient: Tensor, first: Tensor, d: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """The gradients of first and D from the kernel's, in torch's own operations."""
     shape = groups, -1, first.shape[1], d.shape[1]
     products = torch.einsum("gojp,gojs->gjps", gradient.reshape(shape), first.reshape(shape))

@@ -15,6 +15,7 @@ from doconv_convert.nn.composition import compose_kernel
 
 # Sums over the same products in another order; the largest difference seen is 5e-16 of the scale.
 ROUNDING = 1e-12
+pytestmark = pytest.mark.usefixtures("both_arithmetics")
 
 
 class Repeated(nn.Module):

@@ -18,7 +18,10 @@ from doconv_convert.nn import composition
 from doconv_convert.nn.composition import compose_kernel, resolve_d_mul, row_pieces
 
 # Said by torch once a process, of the plain layer too.
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),
+    pytest.mark.usefixtures("both_arithmetics"),
+]
 
 # Two float64 evaluations of one linear map, outputs and gradients: the largest seen was 2e-15.
 TOLERANCE = 1e-12

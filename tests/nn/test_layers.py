@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from doconv_convert import DOConv1d, DOConv2d, DOConv3d, UsageError, to_doconv
 
 MOVED = 0.1
+pytestmark = pytest.mark.usefixtures("both_arithmetics")
 
 
 def layer(**options: Any) -> Any:

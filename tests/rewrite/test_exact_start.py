@@ -38,6 +38,7 @@ OTHER_D_MULS = ("K+3", "2K")
 GRADIENT_TOLERANCE = 1e-6
 # Folded against unfolded in float64, over MODELS: the largest seen was 0.
 FOLD_TOLERANCE = 1e-12
+pytestmark = pytest.mark.usefixtures("both_arithmetics")
 # How far randomised factors must move the output before a fold of it is evidence.
 MOVED = 0.1
 
