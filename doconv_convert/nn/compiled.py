@@ -53,15 +53,16 @@ def serves(first: Tensor, d: Tensor, groups: int) -> bool:
     """Whether `compose` and `differentiate` take these: ordinary tensors on the CPU, (C_out, C_in/g, *size) of K
     positions and (C_in, K, K), K <= 16 or depthwise, that no tracer and no transformation is looking at."""
     return (
-        LIBRARIES.get(first.dtype) is not None
+        not _is_looked_at()
+        and LIBRARIES.get(first.dtype) is not None
         and first.dtype == d.dtype
         and type(first) in _ORDINARY
         and type(d) in _ORDINARY
         and first.is_cpu
         and d.is_cpu
+        and torch._C._has_storage(first)  # batched gradients have none
         and d.shape[1] == d.shape[2]
         and (d.shape[1] <= LANES or _is_depthwise(first, d, groups))
-        and not _is_looked_at()
     )
 
 

@@ -45,22 +45,26 @@ class _Compiled(torch.autograd.Function):
 
 def differentiated(gradient: Tensor, first: Tensor, d: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """The gradients of first and D from the kernel's, in torch's own operations."""
-    shape = groups, -1, first.shape[1], d.shape[1]
-    products = torch.einsum("gojp,gojs->gjps", gradient.reshape(shape), first.reshape(shape))
-    return by_torch(gradient, gradient, d.transpose(1, 2), groups), products.reshape(d.shape)
+    rows, positions = first.shape[0] // groups, d.shape[1]
+    w, g = (
+        tensor.reshape(groups, rows, -1, positions).transpose(1, 2).reshape(-1, rows, positions)
+        for tensor in (first, gradient)
+    )
+    return by_torch(gradient, gradient, d.transpose(1, 2), groups), torch.bmm(g.transpose(1, 2), w)
 
 
 def by_torch(first: Tensor, slots: Tensor, d: Tensor, groups: int) -> Tensor:
     """`plus_product` in torch's own operations: few and large, so a compiler or a GPU has them as they are."""
     (out_channels, per_group), positions = first.shape[:2], d.shape[1]
     if out_channels == groups and per_group == 1:  # one vector a channel, in memory as the product needs it
-        return torch.baddbmm(first.flatten(2), slots.flatten(2), d.transpose(1, 2)).reshape(first.shape)
+        vectors, more = (tensor.reshape(groups, 1, -1) for tensor in (first, slots))
+        return torch.baddbmm(vectors, more, d.transpose(1, 2)).reshape(first.shape)
     width = _channels_a_block(out_channels // groups, per_group, positions)
     shape = groups, out_channels // groups, per_group // width, -1
     base = first.reshape(shape)
     # One view for both where it can be: the gradients that meet there are summed without a copy.
     rows = base if slots is first else slots.reshape(shape)
-    matrices = rows.transpose(1, 2).flatten(0, 1)
+    matrices = rows.transpose(1, 2).reshape(-1, shape[1], rows.shape[3])
     product = torch.bmm(matrices, _block_diagonal(d, width).transpose(1, 2))
     return (base + product.view(groups, -1, *product.shape[1:]).transpose(1, 2)).reshape(first.shape)
 
