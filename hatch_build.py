@@ -20,6 +20,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from packaging.tags import platform_tags
 
 SOURCE = Path("doconv_convert/nn/product.c")
+LIBRARIES = SOURCE.with_name("libraries")
 # As torch names what a processor can do (torch.backends.cpu.get_cpu_capability), lower case.
 PROCESSORS = {
     "avx512": ("-march=x86-64-v4", "-DWIDTH=64"),
@@ -31,19 +32,21 @@ class CompileProduct(BuildHookInterface):  # type: ignore[type-arg]
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if sys.platform != "linux" or platform.machine() != "x86_64":
             return
-        source = Path(self.root) / SOURCE
+        root = Path(self.root)
+        source = root / SOURCE
         self._folder = tempfile.TemporaryDirectory()  # lives as long as the build
-        folder = source.parent if version == "editable" else Path(self._folder.name)
-        for old in folder.glob("_product_*.so"):
-            old.unlink()
+        folder = root / LIBRARIES if version == "editable" else Path(self._folder.name)
         try:
+            folder.mkdir(exist_ok=True)
+            for old in folder.iterdir():
+                old.unlink()
             libraries = [compiled(source, folder, name, real) for name in PROCESSORS for real in ("float", "double")]
         except (OSError, subprocess.CalledProcessError) as error:
             said = (getattr(error, "stderr", b"") or b"").decode(errors="replace")
             self.app.display_warning(f"product.c is left out, training takes longer: {error} {said}")
             return
         if version != "editable":
-            build_data["force_include"] |= {str(library): f"{SOURCE.parent}/{library.name}" for library in libraries}
+            build_data["force_include"] |= {str(library): f"{LIBRARIES}/{library.name}" for library in libraries}
             build_data["pure_python"] = False
             build_data["tag"] = f"py3-none-{next(platform_tags())}"
 
@@ -51,7 +54,7 @@ class CompileProduct(BuildHookInterface):  # type: ignore[type-arg]
 def compiled(source: Path, folder: Path, processor: str, real: str) -> Path:
     """A library in `folder`, named as compiled.py looks for it."""
     digest = hashlib.sha256(source.read_bytes()).hexdigest()[:8]
-    library = folder / f"_product_{processor}_{real}_{digest}.so"
+    library = folder / f"product_{processor}_{real}_{digest}.so"
     compiler = shlex.split(os.environ.get("CC", "cc"))
     options = "-O3", "-shared", "-fPIC", "-fopenmp", *PROCESSORS[processor], f"-DREAL={real}"
     subprocess.run([*compiler, *options, "-o", library, source], check=True, capture_output=True)

@@ -32,8 +32,9 @@ def training_step(data: dict[str, Any]) -> list[str]:
         "One step: forward, loss, backward, SGD with momentum; every figure is a step's time over the plain model's. "
         "RetinaNet's heads run five times in a forward and RAFT's update block twelve times: open "
         "[`cached`](training.md) there. *Excess* is DO-Conv's over plain (inside `cached`, where that was measured) as "
-        'a part of the textbook\'s, where that has at least 5 %. *auto* is `to_doconv(model, composition="auto")`; where '
-        "it is empty, no layer has so few outputs. *Without product.c* is a package built without a C compiler. Where "
+        "a part of the textbook's, where that has at least 5 %. *auto* is `to_doconv(model, "
+        'composition="auto")`; where it is empty, no layer has so few outputs. '
+        "*Without product.c* is a package built without a C compiler. Where "
         "the brackets of two columns overlap, these rounds could not tell the two apart.",
         "",
         "| model | plain, s | DO-Conv | inside `cached` | textbook | excess | auto | without product.c |",

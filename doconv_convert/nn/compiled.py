@@ -31,7 +31,7 @@ def load(processor: str, real: str) -> ctypes.CDLL | None:
     """The library for `processor` ("avx512", "avx2") and `real`, C's name of a dtype; None where hatch_build.py has
     built none from this very product.c."""
     digest = hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:8]
-    path = _SOURCE.with_name(f"_product_{processor}_{real}_{digest}.so")
+    path = _SOURCE.with_name("libraries") / f"product_{processor}_{real}_{digest}.so"
     if not path.exists():
         return None
     try:
@@ -71,7 +71,7 @@ def _is_looked_at() -> bool:
     follow torch's operations, and would not see what happens in C."""
     return (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.maybe_current_level() is not None
         or forward_ad._current_level >= 0

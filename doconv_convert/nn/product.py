@@ -23,7 +23,7 @@ def plus_product(first: Tensor, slots: Tensor, d: Tensor, groups: int) -> Tensor
 
 def compiled_product(first: Tensor, d: Tensor, groups: int) -> Tensor:
     """first + D first, differentiable, where `compiled.serves` these."""
-    return _Compiled.apply(first, d, groups)  # type: ignore[no-any-return, no-untyped-call]
+    return _Compiled.apply(first, d, groups)  # type: ignore[no-any-return]
 
 
 class _Compiled(torch.autograd.Function):

@@ -28,7 +28,7 @@ PROCESSORS = {"avx512": ["avx512", "avx2"], "avx2": ["avx2"]}.get(CAPABILITY, []
 # Against float64, of the largest number; seen at most 4e-7 and 6e-16.
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 3e-15}
 
-# (C_out, C_in, groups, kernel): whole blocks of rows and leftovers, one row, rows shorter than a vector, every grouping.
+# (C_out, C_in, groups, kernel): whole blocks of rows, leftovers, one row, rows shorter than a vector, every grouping.
 SHAPES = [
     (64, 48, 1, (3, 3)),
     (64, 3, 1, (3, 3)),
@@ -279,8 +279,9 @@ def test_a_library_that_does_not_load_is_said(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(compiled, "_SOURCE", Path(source))
     assert compiled.load("avx2", "float") is None
     digest = hashlib.sha256(Path(source).read_bytes()).hexdigest()[:8]
-    (tmp_path / f"_product_avx2_float_{digest}.so").write_bytes(b"no library")
-    with pytest.warns(UserWarning, match=r"'_product_avx2_float_.*\.so' cannot be loaded"):
+    (tmp_path / "libraries").mkdir()
+    (tmp_path / f"libraries/product_avx2_float_{digest}.so").write_bytes(b"no library")
+    with pytest.warns(UserWarning, match=r"'product_avx2_float_.*\.so' cannot be loaded"):
         assert compiled.load("avx2", "float") is None
     Path(source).write_text("/* another */")  # what was built from another source is no longer its library
     assert compiled.load("avx2", "float") is None
