@@ -71,7 +71,7 @@ def _is_looked_at() -> bool:
     follow torch's operations, and would not see what happens in C."""
     return (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.maybe_current_level() is not None
         or forward_ad._current_level >= 0
