@@ -6,6 +6,7 @@
    overwritten by the next row. hatch_build.py compiles a library for each REAL (float, double) and each WIDTH (the
    bytes of a processor's vectors). */
 
+#include <immintrin.h>
 #include <stddef.h>
 
 enum { LANES = 16, WIDE = WIDTH / sizeof(REAL), PARTS = LANES / WIDE, ROWS = 8 / PARTS };
@@ -135,11 +136,19 @@ void differentiate(const REAL *g, const REAL *w, const REAL *d, REAL *for_w, REA
 /* What follows is the same for depthwise kernels: one row of k numbers a channel, k of any size. D is the larger tensor
    by far, and is read once. */
 
+enum { AHEAD = 4096 / sizeof(REAL), SQUARE = 64 * 64, CACHED = (1 << 20) / sizeof(REAL) };
+
+/* The numbers AHEAD of these `numbers`: a processor's own prefetching ends with each page. */
+INLINE void prefetch(const REAL *d, size numbers) {
+  for (size i = 0; i < numbers; i += 64 / sizeof(REAL)) __builtin_prefetch(d + i + AHEAD);
+}
+
 /* Four rows of D at a time, for their sums to run side by side. */
 INLINE void compose_one(const REAL *w, const REAL *d, REAL *out, size k) {
   size p = 0;
   for (; p + 4 <= k; p += 4, d += 4 * k) {
     REAL a = 0, b = 0, c = 0, e = 0;
+    prefetch(d, 4 * k);
 #pragma omp simd reduction(+ : a, b, c, e)
     for (size s = 0; s < k; s++) {
       a += d[s] * w[s];
@@ -169,16 +178,39 @@ void compose_depthwise(const REAL *w, const REAL *d, REAL *out, size channels, s
   }
 }
 
+/* A copy that goes past the caches. */
+INLINE void stream(REAL *to, const REAL *from, size numbers) {
+  size i = 0;
+  for (; i < numbers && (size)(to + i) % WIDTH; i++) to[i] = from[i];
+  for (; i + WIDE <= numbers; i += WIDE)
+#if WIDTH == 64
+    _mm512_stream_si512((void *)(to + i), _mm512_loadu_si512(from + i));
+#else
+    _mm256_stream_si256((void *)(to + i), _mm256_loadu_si256((const void *)(from + i)));
+#endif
+  for (; i < numbers; i++) to[i] = from[i];
+}
+
+/* Nobody reads D's gradient before the optimizer does: where it is too large to wait in the caches, it goes past them,
+   a channel's matrix at a time. */
 void differentiate_depthwise(const REAL *g, const REAL *w, const REAL *d, REAL *for_w, REAL *for_d, size channels,
                              size k, int threads) {
-#pragma omp parallel for num_threads(threads)
-  for (size at = 0; at < channels * k; at += k) {
-    for (size s = 0; s < k; s++) for_w[at + s] = g[at + s];
-    for (size p = at; p < at + k; p++)
+  int past = k * k <= SQUARE && channels * k * k > CACHED;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for
+    for (size at = 0; at < channels * k; at += k) {
+      REAL matrix[SQUARE], *own = past ? matrix : for_d + at * k;
+      prefetch(d + at * k, k * k);
+      for (size s = 0; s < k; s++) for_w[at + s] = g[at + s];
+      for (size p = 0; p < k; p++)
 #pragma omp simd
-      for (size s = 0; s < k; s++) {
-        for_w[at + s] += g[p] * d[p * k + s];
-        for_d[p * k + s] = g[p] * w[at + s];
-      }
+        for (size s = 0; s < k; s++) {
+          for_w[at + s] += g[at + p] * d[(at + p) * k + s];
+          own[p * k + s] = g[at + p] * w[at + s];
+        }
+      if (past) stream(for_d + at * k, own, k * k);
+    }
+    _mm_sfence();
   }
 }

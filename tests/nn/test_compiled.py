@@ -49,6 +49,8 @@ SHAPES = [
     (6, 6, 6, (5, 5)),
     (5, 5, 5, (7, 7)),
     (4, 4, 4, (9, 9)),
+    (120, 120, 120, (7, 7)),  # D's gradient goes past the caches
+    (40, 40, 40, (9, 9)),  # it would, but for a channel's matrix
     (3, 3, 3, (2,)),
 ]
 
