@@ -151,13 +151,13 @@ def compositions(data: dict[str, Any]) -> list[str]:
     return [
         *lines,
         "",
-        "Of product.c itself other versions were timed by hand while it was written, on this machine, with tensors that "
-        "the processor's own caches did not hold. At 512 x 512 x 3 x 3: a thread with 32 channels at a time instead of "
-        "half of all takes 1.9 ms for the gradients instead of 1.2; two functions for W's and D's gradient 1.8 instead "
-        "of 1.3; vectors wider than the processor's, left to the compiler, 6.7 ms a composition instead of 0.7 (AVX2); "
-        "fetching ahead gains nothing. At 768 depthwise kernels of 7 x 7: one row of D at a time instead of four 0.50 ms "
-        "instead of 0.38, without fetching ahead 0.36 instead of 0.29; with D's gradient written through the caches 0.82 "
-        "instead of 0.45.",
+        "Of product.c itself other versions were timed by hand while it was written, on this machine, with tensors "
+        "that the processor's own caches did not hold. At 512 x 512 x 3 x 3: a thread with 32 channels at a time "
+        "instead of half of all takes 1.9 ms for the gradients instead of 1.2; two functions for W's and D's "
+        "gradient 1.8 instead of 1.3; vectors wider than the processor's, left to the compiler, 6.7 ms a "
+        "composition instead of 0.7 (AVX2); fetching ahead gains nothing. At 768 depthwise kernels of 7 x 7: one "
+        "row of D at a time instead of four 0.50 ms instead of 0.38, without fetching ahead 0.36 instead of 0.29; "
+        "with D's gradient written through the caches 0.82 instead of 0.45.",
     ]
 
 
