@@ -61,6 +61,7 @@ def serves(first: Tensor, d: Tensor, groups: int) -> bool:
         and first.is_cpu
         and d.is_cpu
         and torch._C._has_storage(first)  # batched gradients have none
+        and not first.is_neg()  # numbers that are to be read with the other sign
         and d.shape[1] == d.shape[2]
         and (d.shape[1] <= LANES or _is_depthwise(first, d, groups))
     )

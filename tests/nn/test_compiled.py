@@ -276,6 +276,15 @@ def test_gradients_batched_by_vmap(processor: str, shape: tuple[Any, ...]) -> No
         torch.testing.assert_close(many, torch.stack([one, 2 * one]), rtol=1e-12, atol=1e-12)
 
 
+def test_a_gradient_with_a_sign_still_to_be_changed(processor: str) -> None:
+    weight, d, gradient, groups = drawn((8, 6, 1, (3, 3)))
+    factors = weight.requires_grad_(), d.requires_grad_()
+    got = torch.autograd.grad(compose_kernel(*factors, None, groups), factors, torch._neg_view(gradient))
+    expected = torch.autograd.grad(compose_kernel(*factors, None, groups), factors, -gradient)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
 def test_a_library_that_does_not_load_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     source = shutil.copy(Path(compiled.__file__).with_name("product.c"), tmp_path)
     monkeypatch.setattr(compiled, "_SOURCE", Path(source))
