@@ -10,14 +10,15 @@ import hashlib
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
-from packaging.tags import platform_tags
 
 SOURCE = Path("doconv_convert/nn/product.c")
 LIBRARIES = SOURCE.with_name("libraries")
@@ -33,29 +34,31 @@ class CompileProduct(BuildHookInterface):  # type: ignore[type-arg]
         if sys.platform != "linux" or platform.machine() != "x86_64":
             return
         root = Path(self.root)
-        source = root / SOURCE
         self._folder = tempfile.TemporaryDirectory()  # lives as long as the build
-        folder = root / LIBRARIES if version == "editable" else Path(self._folder.name)
         try:
-            folder.mkdir(exist_ok=True)
-            for old in folder.iterdir():
-                old.unlink()
-            libraries = [compiled(source, folder, name, real) for name in PROCESSORS for real in ("float", "double")]
-        except (OSError, subprocess.CalledProcessError) as error:
+            made = [compiled(root / SOURCE, self._folder.name, *each) for each in variants()]
+        except (OSError, ValueError, subprocess.CalledProcessError) as error:
             said = (getattr(error, "stderr", b"") or b"").decode(errors="replace")
             self.app.display_warning(f"product.c is left out, training takes longer: {error} {said}")
             return
-        if version != "editable":
-            build_data["force_include"] |= {str(library): f"{LIBRARIES}/{library.name}" for library in libraries}
-            build_data["pure_python"] = False
-            build_data["tag"] = f"py3-none-{next(platform_tags())}"
+        if version == "editable":
+            shutil.rmtree(root / LIBRARIES, ignore_errors=True)
+            shutil.copytree(self._folder.name, root / LIBRARIES)
+            return
+        build_data["force_include"] |= {str(library): f"{LIBRARIES}/{library.name}" for library in made}
+        build_data["pure_python"] = False
+        build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
 
 
-def compiled(source: Path, folder: Path, processor: str, real: str) -> Path:
+def variants() -> list[tuple[str, str]]:
+    return [(processor, real) for processor in PROCESSORS for real in ("float", "double")]
+
+
+def compiled(source: Path, folder: str, processor: str, real: str) -> Path:
     """A library in `folder`, named as compiled.py looks for it."""
     digest = hashlib.sha256(source.read_bytes()).hexdigest()[:8]
-    library = folder / f"product_{processor}_{real}_{digest}.so"
+    library = Path(folder) / f"product_{processor}_{real}_{digest}.so"
     compiler = shlex.split(os.environ.get("CC", "cc"))
     options = "-O3", "-shared", "-fPIC", "-fopenmp", *PROCESSORS[processor], f"-DREAL={real}"
-    subprocess.run([*compiler, *options, "-o", library, source], check=True, capture_output=True)
+    subprocess.run([*compiler, *options, "-o", str(library), str(source)], check=True, capture_output=True)
     return library

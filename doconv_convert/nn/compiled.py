@@ -17,7 +17,6 @@ from torch.autograd import forward_ad
 LANES = 16  # product.c's: the most kernel positions it takes
 _SOURCE = Path(__file__).with_name("product.c")
 _SIZE, _ADDRESS = ctypes.c_ssize_t, ctypes.c_void_p
-_ORDINARY = (Tensor, nn.Parameter)
 # product.c's functions: how many addresses and sizes each takes; the number of threads comes last.
 _FUNCTIONS = {
     "compose": (4, 4),
@@ -30,7 +29,10 @@ _FUNCTIONS = {
 def load(processor: str, real: str) -> ctypes.CDLL | None:
     """The library for `processor` ("avx512", "avx2") and `real`, C's name of a dtype; None where hatch_build.py has
     built none from this very product.c."""
-    digest = hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:8]
+    try:
+        digest = hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:8]
+    except OSError:  # a bundle of Python files alone
+        return None
     path = _SOURCE.with_name("libraries") / f"product_{processor}_{real}_{digest}.so"
     if not path.exists():
         return None
@@ -49,27 +51,40 @@ _PROCESSOR = torch.backends.cpu.get_cpu_capability().lower()
 LIBRARIES = {torch.float32: load(_PROCESSOR, "float"), torch.float64: load(_PROCESSOR, "double")}
 
 
-def serves(first: Tensor, d: Tensor, groups: int) -> bool:
-    """Whether `compose` and `differentiate` take these: ordinary tensors on the CPU, (C_out, C_in/g, *size) of K
-    positions and (C_in, K, K), K <= 16 or depthwise, that no tracer and no transformation is looking at."""
+def serves(d: Tensor, groups: int, *kernels: Tensor) -> bool:
+    """Whether `compose` takes D and W (`serves(d, groups, first)`), or `differentiate` these and a gradient: shapes
+    that belong together, (C_out, C_in/g, *size) of K positions and (C_in, K, K) with K <= 16 or depthwise, of ordinary
+    tensors on the CPU that nobody is looking at. Everything else is torch's, its errors too."""
+    first = kernels[0]
+    if _is_looked_at() or LIBRARIES.get(d.dtype) is None or first.dim() < 3 or groups < 1:
+        return False
+    (out_channels, per_group), positions = first.shape[:2], first.shape[2:].numel()
+    if d.shape != (per_group * groups, positions, positions) or out_channels % groups:
+        return False
+    if positions > LANES and not _is_depthwise(first, groups):
+        return False
+    return _is_ordinary(d, d.dtype) and all(
+        _is_ordinary(kernel, d.dtype) and kernel.shape == first.shape for kernel in kernels
+    )
+
+
+def _is_ordinary(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Numbers in the process's own memory, as they are: none of a subclass, batched by vmap, to be read with the other
+    sign, or not there (a zero tensor, a storage that was freed)."""
     return (
-        not _is_looked_at()
-        and LIBRARIES.get(first.dtype) is not None
-        and first.dtype == d.dtype
-        and type(first) in _ORDINARY
-        and type(d) in _ORDINARY
-        and first.is_cpu
-        and d.is_cpu
-        and torch._C._has_storage(first)  # batched gradients have none
-        and not first.is_neg()  # numbers that are to be read with the other sign
-        and d.shape[1] == d.shape[2]
-        and (d.shape[1] <= LANES or _is_depthwise(first, d, groups))
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.dtype == dtype
+        and tensor.is_cpu
+        and torch._C._has_storage(tensor)
+        and not tensor.is_neg()
+        and tensor.data_ptr() != 0
     )
 
 
 def _is_looked_at() -> bool:
     """By a compiler, an exporter, a dispatch mode (fake tensors, make_fx), torch.func or forward-mode gradients: all
-    follow torch's operations, and would not see what happens in C."""
+    follow torch's operations, and would not see what happens in C. Modes of torch functions do not count: a default
+    device is one."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
@@ -83,7 +98,7 @@ def compose(first: Tensor, d: Tensor, groups: int) -> Tensor:
     """first + D first: (C_out, C_in/g, *size) of K positions and (C_in, K, K) give first's shape."""
     first, d = first.contiguous(), d.contiguous()
     out, threads, library = torch.empty_like(first), torch.get_num_threads(), _library(first)
-    if _is_depthwise(first, d, groups):
+    if _is_depthwise(first, groups):
         library.compose_depthwise(*_addresses(first, d, out), *d.shape[:2], threads)
     else:
         transposed = torch.empty_like(d)
@@ -92,11 +107,11 @@ def compose(first: Tensor, d: Tensor, groups: int) -> Tensor:
 
 
 def differentiate(gradient: Tensor, first: Tensor, d: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """The gradients of first and D from the kernel's, in the shapes of `compose`."""
+    """The gradients of first and D from the kernel's, in the shapes of `compose`: both, in one go over the memory."""
     gradient, first, d = gradient.contiguous(), first.contiguous(), d.contiguous()
     tensors = gradient, first, d, torch.empty_like(first), torch.empty_like(d)
     threads, library = torch.get_num_threads(), _library(first)
-    if _is_depthwise(first, d, groups):
+    if _is_depthwise(first, groups):
         library.differentiate_depthwise(*_addresses(*tensors), *d.shape[:2], threads)
     else:
         sums = d.new_empty(*d.shape[:2], LANES)
@@ -104,8 +119,8 @@ def differentiate(gradient: Tensor, first: Tensor, d: Tensor, groups: int) -> tu
     return tensors[3:]
 
 
-def _is_depthwise(first: Tensor, d: Tensor, groups: int) -> bool:
-    return first.shape[0] == groups == d.shape[0]
+def _is_depthwise(first: Tensor, groups: int) -> bool:
+    return first.shape[0] == groups and first.shape[1] == 1
 
 
 def _addresses(*tensors: Tensor) -> list[int]:

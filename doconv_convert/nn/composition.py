@@ -66,11 +66,11 @@ def compose_kernel(weight: Tensor, d: Tensor, weight_extra: Tensor | None = None
     Returns:
         (C_out, C_in/g, *kernel_size) in weight's dtype and memory format. It is computed in float32 or
         better (where D is float64, in that) with autocast off and cast once: half precision would lose most small
-        entries of D. In float64 without gradients, as in a fold, piece by piece (`row_pieces`).
+        entries of D. In float64 without gradients, as in a fold, torch's operations go piece by piece (`row_pieces`).
     """
     if isinstance(d, fx.Proxy):
         return _as_one_node(compose_kernel, weight, d, weight_extra, groups)
-    if weight_extra is None and weight.is_contiguous() and compiled.serves(weight, d, groups):
+    if weight_extra is None and weight.is_contiguous() and compiled.serves(d, groups, weight):
         return compiled_product(weight, d, groups)  # nothing to cast, copy or switch off
     device = weight.device.type
     # A context manager costs more than a small composition: enter it only where there is something to switch off.

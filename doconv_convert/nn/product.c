@@ -106,7 +106,7 @@ INLINE void differentiate_range(const REAL *g, const REAL *w, const REAL *d, REA
       if (c * k + LANES > n) {
         add_outer_at_end(g + at, w + at, own, n, some, k);
         add_product_at_end(g + at, matrix, for_w + at, n, some, k);
-      } else if (some < ROWS || c * k + LANES > last * k) { /* what lies beyond `last` is another thread's */
+      } else if (some < ROWS || c * k + LANES > last * k) { /* beyond `last` it may be another thread's */
         add_outer(g + at, w + at, own, n, some, k);
         add_product(g + at, matrix, for_w + at, n, some, k, k);
       } else {

@@ -16,7 +16,7 @@ from doconv_convert.nn import compiled
 
 def plus_product(first: Tensor, slots: Tensor, d: Tensor, groups: int) -> Tensor:
     """first[o, j, p] + sum_s D[c, p, s] slots[o, j, s], with c the input channel that slot j of output o reads."""
-    if slots is first and compiled.serves(first, d, groups):
+    if slots is first and compiled.serves(d, groups, first):
         return compiled_product(first, d, groups)
     return by_torch(first, slots, d, groups)
 
@@ -34,13 +34,11 @@ class _Compiled(torch.autograd.Function):
         return compiled.compose(first, d, groups)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         (first, d), groups, gradient = ctx.saved_tensors, ctx.groups, gradients[0]
-        if torch.is_grad_enabled() or not compiled.serves(gradient, d, groups):  # differentiated itself, or looked at
-            for_first, for_d = differentiated(gradient, first, d, groups)
-        else:
-            for_first, for_d = compiled.differentiate(gradient, first, d, groups)
-        return for_first, for_d, None
+        # Where gradients are on, this gradient will be differentiated itself.
+        serves = not torch.is_grad_enabled() and compiled.serves(d, groups, gradient, first)
+        return *(compiled.differentiate if serves else differentiated)(gradient, first, d, groups), None
 
 
 def differentiated(gradient: Tensor, first: Tensor, d: Tensor, groups: int) -> tuple[Tensor, Tensor]:

@@ -85,7 +85,7 @@ def test_built_where_there_is_a_compiler() -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_same_product_and_gradients(processor: str, shape: tuple[Any, ...], dtype: torch.dtype) -> None:
     weight, d, gradient, groups = drawn(shape, dtype)
-    assert compiled.serves(weight, d, groups)
+    assert compiled.serves(d, groups, weight)
     exact = [tensor.double() for tensor in (weight, d, gradient)]
     kernel = product.by_torch(exact[0], exact[0], exact[1], groups)
     assert (kernel - exact[0]).abs().max() > 0.1
@@ -143,7 +143,7 @@ def test_the_number_of_threads_changes_no_bit(processor: str, shape: tuple[Any, 
 
 @pytest.mark.parametrize("dtype", REAL, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_zero_d_leaves_every_bit(processor: str, shape: tuple[Any, ...], dtype: torch.dtype) -> None:
+def test_a_zero_d_changes_nothing(processor: str, shape: tuple[Any, ...], dtype: torch.dtype) -> None:
     weight, d, _, groups = drawn(shape, dtype)
     weight.view(-1)[::3] *= torch.finfo(dtype).max / 8
     weight.view(-1)[::5] *= torch.finfo(dtype).tiny
@@ -176,8 +176,21 @@ def test_a_frozen_factor_gets_no_gradient(processor: str, frozen: str) -> None:
     assert layer.get_parameter(other).grad.abs().max() > 0
 
 
+def count_calls(name: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A list that every call of `compiled.<name>` adds to."""
+    calls, function = [], getattr(compiled, name)
+
+    def counted_function(*args: Any) -> Any:
+        calls.append(name)
+        return function(*args)
+
+    monkeypatch.setattr(compiled, name, counted_function)
+    return calls
+
+
 @pytest.mark.parametrize("how", ["bfloat16", "float16", "channels_last", "autocast"])
 def test_a_training_step_is_that_of_torch(processor: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = [count_calls(name, monkeypatch) for name in ("compose", "differentiate")]
     torch.manual_seed(0)
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(how, torch.float32)
     layer = DOConv2d(24, 32, 3, padding=1)
@@ -196,6 +209,7 @@ def test_a_training_step_is_that_of_torch(processor: str, how: str, monkeypatch:
         return [y.detach(), layer.weight.grad, layer.D.grad]
 
     got = step()
+    assert all(called)
     monkeypatch.setattr(compiled, "LIBRARIES", {})
     expected = step()
     unit = torch.finfo(y.dtype if (y := got[0]).dtype != torch.float32 else dtype).eps
@@ -256,6 +270,91 @@ def test_followers_see_torch_operations(processor: str, name: str, monkeypatch: 
     assert torch.equal(FOLLOWERS[name](weight, d), expected)
 
 
+def backward_under(weight: Tensor, d: Tensor, gradient: Tensor, follow: Callable[[Callable[..., Any]], Any]) -> Any:
+    """The gradients that `follow` gets from a backward whose forward nobody followed."""
+    factors = weight.clone().requires_grad_(), d.clone().requires_grad_()
+    kernel = compose_kernel(*factors)
+    return follow(lambda g: torch.autograd.grad(kernel, factors, g))
+
+
+def flops_of(backward: Callable[..., Any], gradient: Tensor) -> Any:
+    with FlopCounterMode(display=False) as counter:
+        result = backward(gradient)
+    assert counter.get_total_flops() > 0
+    return result
+
+
+def dual(backward: Callable[..., Any], gradient: Tensor) -> Any:
+    with forward_ad.dual_level():
+        result = backward(forward_ad.make_dual(gradient, 2 * gradient))
+        return [forward_ad.unpack_dual(each).tangent for each in result]
+
+
+BACKWARD_FOLLOWERS: dict[str, Callable[[Callable[..., Any], Tensor], Any]] = {
+    "FlopCounterMode": flops_of,
+    "make_fx": lambda backward, g: make_fx(backward)(g)(2 * g),
+    "forward-mode gradients": dual,
+    "torch.func.jvp": lambda backward, g: torch.func.jvp(backward, (g,), (g,))[1],
+}
+
+
+@pytest.mark.parametrize("name", BACKWARD_FOLLOWERS)
+def test_followers_of_a_backward(processor: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, d, gradient, _ = drawn((8, 6, 1, (3, 3)))
+
+    def followed() -> Any:
+        return backward_under(weight, d, gradient, lambda backward: BACKWARD_FOLLOWERS[name](backward, gradient))
+
+    calls = count_calls("differentiate", monkeypatch)
+    backward_under(weight, d, gradient, lambda backward: backward(gradient))
+    assert calls == ["differentiate"]
+    got = followed()
+    assert calls == ["differentiate"]
+    monkeypatch.setattr(compiled, "LIBRARIES", {})
+    for one, other in zip(got, followed(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+# W, D and groups that do not belong together: inputs pruned, a D too small, groups forgotten, another K, C_out / g.
+MISFITS = [
+    ((16, 4, 3, 3), (8, 9, 9), 1),
+    ((16, 64, 3, 3), (2, 9, 9), 1),
+    ((16, 2, 3, 3), (8, 9, 9), 1),
+    ((16, 8, 5, 5), (8, 9, 9), 1),
+    ((5, 1, 3, 3), (2, 9, 9), 2),
+    ((8, 2, 3, 3), (8, 9, 9), 8),
+]
+
+
+@pytest.mark.parametrize("misfit", MISFITS, ids=str)
+def test_what_does_not_fit_is_an_error(processor: str, misfit: tuple[Any, ...]) -> None:
+    w_shape, d_shape, groups = misfit
+    with pytest.raises(RuntimeError):
+        compose_kernel(torch.randn(w_shape), torch.randn(d_shape), None, groups)
+
+
+def test_what_has_no_numbers_is_left_to_torch(processor: str) -> None:
+    weight, d, gradient, groups = drawn((8, 6, 1, (3, 3)))
+    assert compiled.serves(d, groups, gradient, weight)
+    freed = weight.clone()
+    freed.untyped_storage().resize_(0)
+    for other in (torch._efficientzerotensor(weight.shape, dtype=weight.dtype), torch._neg_view(weight), freed):
+        assert not compiled.serves(d, groups, gradient, other)
+        assert not compiled.serves(d, groups, other, weight)
+    assert not compiled.serves(torch._neg_view(d), groups, weight)
+    assert not compiled.serves(torch._to_functional_tensor(d), groups, weight)
+    assert not compiled.serves(d, groups, gradient, weight.float())
+
+
+def test_what_hooks_made_of_saved_tensors(processor: str) -> None:
+    weight, d, gradient, groups = drawn((8, 6, 1, (3, 3)), torch.float32)
+    factors = weight.requires_grad_(), d.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.half() if t.dim() == 4 else t):
+        kernel = compose_kernel(*factors, None, groups)
+    with pytest.raises(RuntimeError, match="dtype"):  # torch's own
+        torch.autograd.grad(kernel, factors, gradient)
+
+
 def test_fake_tensors(processor: str) -> None:
     weight, d, _, _ = drawn((8, 6, 1, (3, 3)), torch.float32)
     with FakeTensorMode() as mode:
@@ -295,4 +394,6 @@ def test_a_library_that_does_not_load_is_said(monkeypatch: pytest.MonkeyPatch, t
     with pytest.warns(UserWarning, match=r"'product_avx2_float_.*\.so' cannot be loaded"):
         assert compiled.load("avx2", "float") is None
     Path(source).write_text("/* another */")  # what was built from another source is no longer its library
+    assert compiled.load("avx2", "float") is None
+    Path(source).unlink()  # a bundle of Python files alone
     assert compiled.load("avx2", "float") is None
