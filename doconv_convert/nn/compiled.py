@@ -55,17 +55,21 @@ def serves(d: Tensor, groups: int, *kernels: Tensor) -> bool:
     """Whether `compose` takes D and W (`serves(d, groups, first)`), or `differentiate` these and a gradient: shapes
     that belong together, (C_out, C_in/g, *size) of K positions and (C_in, K, K) with K <= 16 or depthwise, of ordinary
     tensors on the CPU that nobody is looking at. Everything else is torch's, its errors too."""
-    first = kernels[0]
-    if _is_looked_at() or LIBRARIES.get(d.dtype) is None or first.dim() < 3 or groups < 1:
+    if _is_looked_at() or LIBRARIES.get(d.dtype) is None or groups < 1 or d.dim() != 3:
         return False
-    (out_channels, per_group), positions = first.shape[:2], first.shape[2:].numel()
-    if d.shape != (per_group * groups, positions, positions) or out_channels % groups:
+    shape, (in_channels, positions, slots) = kernels[0].shape, d.shape
+    if (
+        len(shape) < 3
+        or shape[0] % groups
+        or (shape[1] * groups, slots) != (in_channels, positions)
+        or kernels[0].numel() != shape[0] * shape[1] * positions
+        or (positions > LANES and not _is_depthwise(kernels[0], groups))
+    ):
         return False
-    if positions > LANES and not _is_depthwise(first, groups):
-        return False
-    return _is_ordinary(d, d.dtype) and all(
-        _is_ordinary(kernel, d.dtype) and kernel.shape == first.shape for kernel in kernels
-    )
+    for tensor in kernels:
+        if tensor.shape != shape or not _is_ordinary(tensor, d.dtype):
+            return False
+    return _is_ordinary(d, d.dtype)
 
 
 def _is_ordinary(tensor: Tensor, dtype: torch.dtype) -> bool:

@@ -152,9 +152,8 @@ class _DOConv(nn.modules.conv._ConvNd):
         """The ordinary kernel this layer convolves with, (C_out, C_in/g, *kernel_size), differentiable."""
         if self._cached_kernels is not None:
             return self._cached_kernels["weight"].read()
-        if self.D is None:
-            return self.weight
-        return compose_kernel(self.weight, self.D, self.weight_extra, self.groups)
+        d = self.D
+        return self.weight if d is None else compose_kernel(self.weight, d, self.weight_extra, self.groups)
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve (B, C_in, *size) or (C_in, *size), as the plain layer does."""
