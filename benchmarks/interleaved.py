@@ -28,7 +28,7 @@ def machine() -> dict[str, Any]:
         "machine": f"{model or platform.machine()}, {os.cpu_count()} cores",
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "vectors": torch.backends.cpu.get_cpu_capability() if compiled.LIBRARIES[torch.float32] else None,
+        "vectors": torch.backends.cpu.get_cpu_capability() if compiled.LIBRARIES else None,
     }
 
 

@@ -59,6 +59,6 @@ def both_arithmetics(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if request.param != "product.c":
             patch.setattr(compiled, "LIBRARIES", {})
-        elif not any(compiled.LIBRARIES.values()):
+        elif not compiled.LIBRARIES:
             pytest.skip("product.c was not compiled")
         yield

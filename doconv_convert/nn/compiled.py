@@ -48,14 +48,15 @@ def load(processor: str, real: str) -> ctypes.CDLL | None:
 
 
 _PROCESSOR = torch.backends.cpu.get_cpu_capability().lower()
-LIBRARIES = {torch.float32: load(_PROCESSOR, "float"), torch.float64: load(_PROCESSOR, "double")}
+_NAMES = {torch.float32: "float", torch.float64: "double"}
+LIBRARIES = {dtype: library for dtype, real in _NAMES.items() if (library := load(_PROCESSOR, real))}
 
 
 def serves(d: Tensor, groups: int, *kernels: Tensor) -> bool:
     """Whether `compose` takes D and W (`serves(d, groups, first)`), or `differentiate` these and a gradient: shapes
     that belong together, (C_out, C_in/g, *size) of K positions and (C_in, K, K) with K <= 16 or depthwise, of ordinary
     tensors on the CPU that nobody is looking at. Everything else is torch's, its errors too."""
-    if _is_looked_at() or LIBRARIES.get(d.dtype) is None or groups < 1 or d.dim() != 3:
+    if _is_looked_at() or d.dtype not in LIBRARIES or groups < 1 or d.dim() != 3:
         return False
     shape, (in_channels, positions, slots) = kernels[0].shape, d.shape
     if (
@@ -63,7 +64,7 @@ def serves(d: Tensor, groups: int, *kernels: Tensor) -> bool:
         or shape[0] % groups
         or (shape[1] * groups, slots) != (in_channels, positions)
         or kernels[0].numel() != shape[0] * shape[1] * positions
-        or (positions > LANES and not _is_depthwise(kernels[0], groups))
+        or (positions > LANES and not shape[0] == groups == in_channels)
     ):
         return False
     for tensor in kernels:
@@ -101,44 +102,27 @@ def _is_looked_at() -> bool:
 def compose(first: Tensor, d: Tensor, groups: int) -> Tensor:
     """first + D first: (C_out, C_in/g, *size) of K positions and (C_in, K, K) give first's shape."""
     first, d = first.contiguous(), d.contiguous()
-    out, threads, library = torch.empty_like(first), torch.get_num_threads(), _library(first)
-    if _is_depthwise(first, groups):
-        library.compose_depthwise(*_addresses(first, d, out), *d.shape[:2], threads)
+    out, library, threads = torch.empty_like(first), LIBRARIES[first.dtype], torch.get_num_threads()
+    (out_channels, per_group, *_), (in_channels, positions, _) = first.shape, d.shape
+    pointers = first.data_ptr(), d.data_ptr(), out.data_ptr()
+    if out_channels == groups == in_channels:
+        library.compose_depthwise(*pointers, in_channels, positions, threads)
     else:
-        transposed = torch.empty_like(d)
-        library.compose(*_addresses(first, d, out, transposed), *_sizes(first, d, groups), threads)
+        sizes, room = (groups, out_channels // groups, per_group, positions), torch.empty_like(d)
+        library.compose(*pointers, room.data_ptr(), *sizes, threads)
     return out
 
 
 def differentiate(gradient: Tensor, first: Tensor, d: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """The gradients of first and D from the kernel's, in the shapes of `compose`: both, in one go over the memory."""
     gradient, first, d = gradient.contiguous(), first.contiguous(), d.contiguous()
-    tensors = gradient, first, d, torch.empty_like(first), torch.empty_like(d)
-    threads, library = torch.get_num_threads(), _library(first)
-    if _is_depthwise(first, groups):
-        library.differentiate_depthwise(*_addresses(*tensors), *d.shape[:2], threads)
+    for_first, for_d = torch.empty_like(first), torch.empty_like(d)
+    library, threads = LIBRARIES[first.dtype], torch.get_num_threads()
+    (out_channels, per_group, *_), (in_channels, positions, _) = first.shape, d.shape
+    pointers = gradient.data_ptr(), first.data_ptr(), d.data_ptr(), for_first.data_ptr(), for_d.data_ptr()
+    if out_channels == groups == in_channels:
+        library.differentiate_depthwise(*pointers, in_channels, positions, threads)
     else:
-        sums = d.new_empty(*d.shape[:2], LANES)
-        library.differentiate(*_addresses(*tensors, sums), *_sizes(first, d, groups), threads)
-    return tensors[3:]
-
-
-def _is_depthwise(first: Tensor, groups: int) -> bool:
-    return first.shape[0] == groups and first.shape[1] == 1
-
-
-def _addresses(*tensors: Tensor) -> list[int]:
-    """Where their numbers are, as long as the caller holds them."""
-    return [tensor.data_ptr() for tensor in tensors]
-
-
-def _sizes(first: Tensor, d: Tensor, groups: int) -> tuple[int, int, int, int]:
-    """Groups, output channels and input channels in each, and K."""
-    return groups, first.shape[0] // groups, first.shape[1], d.shape[1]
-
-
-def _library(tensor: Tensor) -> ctypes.CDLL:
-    library = LIBRARIES[tensor.dtype]
-    if library is None:
-        raise RuntimeError(f"product.c was not built for {tensor.dtype}; ask `serves` first.")
-    return library
+        sizes, room = (groups, out_channels // groups, per_group, positions), d.new_empty(in_channels, positions, LANES)
+        library.differentiate(*pointers, room.data_ptr(), *sizes, threads)
+    return for_first, for_d

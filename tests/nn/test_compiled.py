@@ -78,7 +78,7 @@ def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 def test_built_where_there_is_a_compiler() -> None:
     if sys.platform != "linux" or platform.machine() != "x86_64" or not shutil.which("cc") or not PROCESSORS:
         pytest.skip("hatch_build.py builds nothing here")
-    assert all(compiled.LIBRARIES[dtype] is not None for dtype in REAL), "pip install -e . builds product.c"
+    assert set(compiled.LIBRARIES) == set(REAL), "pip install -e . builds product.c"
 
 
 @pytest.mark.parametrize("dtype", REAL, ids=str)
@@ -109,8 +109,8 @@ def test_nothing_beyond_a_tensor_is_touched(processor: str, shape: tuple[Any, ..
     sums = at_the_end_of_memory(d.new_empty(*d.shape[:2], compiled.LANES))
     suffix, room, more = ("_depthwise", [], []) if depthwise else ("", [transposed], [sums])
     compose, differentiate = (getattr(library, name + suffix) for name in ("compose", "differentiate"))
-    compose(*compiled._addresses(w, matrices, kernel, *room), *sizes, 2)
-    differentiate(*compiled._addresses(g, w, matrices, for_w, for_d, *more), *sizes, 2)
+    compose(*(tensor.data_ptr() for tensor in (w, matrices, kernel, *room)), *sizes, 2)
+    differentiate(*(tensor.data_ptr() for tensor in (g, w, matrices, for_w, for_d, *more)), *sizes, 2)
     expected = compiled.compose(weight, d, groups), *compiled.differentiate(gradient, weight, d, groups)
     assert all(torch.equal(one, other) for one, other in zip((kernel, for_w, for_d), expected, strict=True))
 
@@ -298,6 +298,7 @@ BACKWARD_FOLLOWERS: dict[str, Callable[[Callable[..., Any], Tensor], Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("name", BACKWARD_FOLLOWERS)
 def test_followers_of_a_backward(processor: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, d, gradient, _ = drawn((8, 6, 1, (3, 3)))
