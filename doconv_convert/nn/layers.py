@@ -162,8 +162,11 @@ class _DOConv(nn.modules.conv._ConvNd):
             path = tracer.path_of_module(self)
             if path:  # empty where the trace starts here: there is no module to call then
                 return tracer.create_proxy("call_module", path, (input,), {})
-        if self.composition != "kernel" and self.D is not None and self.takes_features(input):
-            return self._convolve_features(input, self.D)
+        d = self.D
+        if d is None:
+            return self._conv_forward(input, self.weight, self.bias)
+        if self.composition != "kernel" and self.takes_features(input):
+            return self._convolve_features(input, d)
         return self._conv_forward(input, self.effective_kernel(), self.bias)
 
     def takes_features(self, x: Tensor) -> bool:
