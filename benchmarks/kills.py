@@ -102,7 +102,7 @@ class Desk:
         finished, report = self.exports[which]
 
         def copied(jobs: Any, **_: Any) -> list[Any]:
-            onnx_file.install_model(finished, jobs[0].path)
+            shutil.copyfile(finished, jobs[0].path)
             return [report]
 
         before = release.export_in_child, onnx_file.ONE_FILE_BYTES

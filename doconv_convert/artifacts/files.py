@@ -9,11 +9,16 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from doconv_convert.errors import DoconvError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no locks on folders
+    fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
@@ -51,6 +56,20 @@ def temporary_beside(target: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def install_files(moves: Sequence[tuple[Path, Path]]) -> None:
+    """Puts finished files in their places, in order, each by one rename within its file system.
+
+    Files that belong together come from one writer: while it renames, others that install into these folders wait.
+    Raises DoconvError where a place cannot be written.
+    """
+    with ExitStack() as locks:
+        for folder in sorted({target.parent.resolve() for _, target in moves}):
+            locks.enter_context(_locked(folder))
+        for finished, target in moves:
+            with _refused(target, finished):
+                _replace(finished, target)
 
 
 def publish_data(temporary: Path, target: Path) -> str:
@@ -109,6 +128,20 @@ def _refused(target: Path, temporary: Path) -> Iterator[None]:
             raise  # about some other file that the caller's own code opened
         reason = error.strerror or str(error)
         raise DoconvError(f"cannot write '{target}': {reason}; free the place or choose another folder") from error
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time; a kill sets the folder free."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _replace(temporary: Path, target: Path) -> None:

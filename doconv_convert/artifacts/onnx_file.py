@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 
-from doconv_convert.artifacts.files import atomic_write, publish_data, remove_stale_data, temporary_beside
+from doconv_convert.artifacts.files import (
+    atomic_write,
+    install_files,
+    publish_data,
+    remove_stale_data,
+    temporary_beside,
+)
 
 # protobuf ends at 2 GiB; the rest is room for the graph around the weights
 ONE_FILE_BYTES = 2**31 - 2**25
@@ -60,18 +65,24 @@ def write(model: ir.Model, target: Path) -> None:
     _write_pair(model, target)
 
 
-def install_model(finished: Path, target: Path) -> None:
-    """Copies the finished model at `finished` to `target` in one step, like `write`: the very bytes.
+def install_model(finished: Path, target: Path, also: Sequence[tuple[Path, Path]] = ()) -> None:
+    """Moves the finished model at `finished` to `target`, the very bytes, its external data before it and `also`, other
+    finished files and their places, after it.
 
-    External data comes along; then the reference to it, which carries the target's name, is all that changes.
-    Raises DoconvError where the place cannot be written.
+    `finished` has the target's name, and everything finished lies in its target's file system. Raises DoconvError where
+    a place cannot be written.
     """
-    if read_header(finished).external_data:
-        _write_pair(ir.load(finished), target)
-        return
-    with atomic_write(target) as temporary:
-        shutil.copyfile(finished, temporary)
-    remove_stale_data(target)
+    data = _data_files(finished)
+    moves = [(finished.with_name(name), target.with_name(name)) for name in data]
+    install_files([*moves, (finished, target), *also])
+    remove_stale_data(target, keep=next(iter(data), None))
+
+
+def _data_files(path: Path) -> set[str]:
+    """The names of the files with the model's external data."""
+    graphs = ir.load(path).graphs()
+    tensors = (value.const_value for graph in graphs for value in graph.initializers.values())
+    return {str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
 
 
 def read_header(path: Path) -> Header:

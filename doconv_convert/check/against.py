@@ -1,4 +1,4 @@
-"""One ONNX file against another, without torch: structure, MACs, and outputs in onnxruntime."""
+"""One ONNX file against another, without torch: structure, weights, MACs, and outputs in onnxruntime."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ import numpy as np
 
 from doconv_convert.artifacts.samples import shaken
 from doconv_convert.check.outputs import ONNX_BOUND, Array, relative_error
-from doconv_convert.check.proof import Proof, Status, check_graph, check_macs
+from doconv_convert.check.proof import Proof, Status, check_graph, check_macs, check_weights
 from doconv_convert.check.runtime import run_onnx
 from doconv_convert.errors import DoconvError
 
 
 def compare_files(baseline: Path, candidate: Path, inputs: Sequence[Array]) -> Proof:
-    """One ONNX file against another, without torch: structure, MACs, and outputs in onnxruntime."""
+    """One ONNX file against another, without torch: structure, weights, MACs, and outputs in onnxruntime.
+
+    The same graph with the same bytes is proven; with other weights and equal outputs it is `equivalent`, no more.
+    """
     proof = Proof(str(candidate), [check_graph(baseline, candidate, values=False)])
+    if proof.state("graph") == "passed":
+        proof.statuses.append(check_weights(baseline, candidate))
     status, count = check_macs(baseline, candidate, inputs)
     proof.statuses.append(status)
     proof.macs = count.total

@@ -58,11 +58,12 @@ def remove_certificate(onnx: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_certificate(onnx: Path, proof: Proof, side: TorchSide, origin: Origin) -> Path:
-    """Write the certificate of the finished file `onnx` and its side file; the same file and proof, the same bytes.
+def write_certificate(onnx: Path, proof: Proof, side: TorchSide, origin: Origin) -> list[Path]:
+    """Write the side file and the certificate of the finished file `onnx`, returned in this order; the same file and
+    proof, the same bytes.
 
-    `side` is what the proof compared. The certificate comes last: a kill before it leaves none, or one that the
-    hashes refuse. Raises DoconvError where a place cannot be written or the proof does not hold.
+    `side` is what the proof compared. Hashes are taken of `onnx` as it is: call this where nobody else writes, and move
+    all of them to their places together. Raises DoconvError where a place cannot be written or the proof does not hold.
     """
     if not proof.proven or proof.count is None:
         raise DoconvError(f"'{onnx}' is not proven: no certificate is written.")
@@ -72,7 +73,7 @@ def write_certificate(onnx: Path, proof: Proof, side: TorchSide, origin: Origin)
     path = certificate_path(onnx)
     with atomic_write(path) as temporary:
         temporary.write_bytes(_rendered(content))
-    return path
+    return [reference_path(onnx), path]
 
 
 def read_certificate(path: Path) -> dict[str, Any]:

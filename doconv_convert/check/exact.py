@@ -22,28 +22,38 @@ def run_float64(model: nn.Module, inputs: Any) -> list[Tensor]:
     float32 (RAFT's coordinate grids do). Afterwards the model has its own dtypes and values again.
 
     Raises DoconvError where the model does not run in float64."""
+    with widened(model):
+        return output_tensors(float64_output(model, inputs))
+
+
+def float64_output(model: nn.Module, inputs: Any) -> Any:
+    """What a `widened` model gives in eval mode on the widened inputs; attributes, buffers and random states are as
+    before then. Raises DoconvError where the model does not run in float64."""
+    buffers = [(buffer, buffer.data.clone()) for buffer in model.buffers()]  # a forward may write into these
     try:
-        with torch.no_grad(), _widened(model), _float64_by_default(), _WidenFloats():
-            return output_tensors(run_model(in_eval(model), tree_map(widen, inputs)))
+        with torch.no_grad(), undisturbed(model), _float64_by_default(), _WidenFloats():
+            return run_model(in_eval(model), tree_map(widen, inputs))
     except Exception as error:  # the user's forward
         raise DoconvError(
             f"{type(model).__name__} does not run in float64, which its outputs are judged by ({type(error).__name__}: "
             f"{error}); skip the proof with --no-verify, or keep its constants in buffers."
         ) from error
+    finally:
+        for buffer, value in buffers:
+            buffer.data = value
 
 
 @contextmanager
-def _widened(model: nn.Module) -> Iterator[None]:
+def widened(model: nn.Module) -> Iterator[None]:
     """The model itself in float64: a copy of a large one would take three times its weights."""
     parameters = [(p, p.dtype) for p in model.parameters() if p.is_floating_point()]
-    buffers = [(b, b.data) for b in model.buffers()]  # a forward may write into these
+    buffers = [(b, b.data) for b in model.buffers()]
     for parameter, _ in parameters:
         parameter.data = parameter.data.double()
     for buffer, value in buffers:
-        buffer.data = widen(value.clone())
+        buffer.data = widen(value)
     try:
-        with undisturbed(model):
-            yield
+        yield
     finally:
         for parameter, dtype in parameters:
             parameter.data = parameter.data.to(dtype)

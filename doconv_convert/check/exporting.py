@@ -85,12 +85,13 @@ def export_and_run(
     batch = inputs.proof_batch if flags.dynamic_batch else inputs.export_batch
 
     def run(batch: int) -> Sides | None:
-        return torch_sides(trained, folded, inputs, batch, flags, device, spend=large) if len(jobs) > 1 else None
+        if len(jobs) == 1:
+            return None
+        constant = loaded.constant_kernels
+        return torch_sides(trained, folded, inputs, batch, flags, device, constant_kernels=constant, spend=large)
 
-    def read_again() -> None:
-        fresh = load_again(loaded)
-        take_back(folded, fold_loaded(fresh).model)
-        take_back(trained, fresh.trained)
+    def read_folded() -> None:
+        take_back(folded, fold_loaded(load_again(loaded), inplace=True).model)
 
     if large:
         for child in waiting:  # it has imported torch; a new one starts when its turn comes
@@ -104,22 +105,23 @@ def export_and_run(
             sides = run(batch)
             reports = exports.result()
     if batch != inputs.export_batch and not reports[0].dynamic_batch:
-        if large:
-            read_again()
+        if large:  # the first run spent both
+            trained = load_again(loaded).trained
+            read_folded()
         sides = run(inputs.export_batch)
         if large:
             give_up(trained, folded)
     if sides is not None and large:
-        sides = _after(read_again, sides[0]), sides[1] and _after(read_again, sides[1])
+        sides = _after(read_folded, sides[0]), sides[1] and _after(read_folded, sides[1])
     return reports, sides
 
 
-def _after(read_again: Callable[[], None], side: TorchSide) -> TorchSide:
+def _after(read_folded: Callable[[], None], side: TorchSide) -> TorchSide:
     """The same side; before its model runs once more, it takes its values back."""
     alone = side.alone
 
     def run(count: int) -> Sequence[Any]:
-        read_again()
+        read_folded()
         return alone(count) if alone is not None else ()
 
     return replace(side, alone=alone and run)
@@ -133,14 +135,19 @@ def torch_sides(
     flags: Flags,
     device: torch.device | None = None,
     *,
+    constant_kernels: bool = False,
     spend: bool = False,
 ) -> Sides:
     """Torch's part of the proof, and the same at other sizes where `flags` ask for dynamic ones. With `spend` the
     trained model gives its values up as early as it can."""
     device = device or torch.device("cpu")
     # the other sizes first: they need the trained model too
-    resized = resized_side(trained, folded, inputs, batch, flags.dynamic or {}, flags.input_names, device)
-    side = torch_side(trained, folded, inputs.arguments(batch), batch, device, spend=spend)
+    dynamic, constant = flags.dynamic or {}, constant_kernels
+    resized = resized_side(
+        trained, folded, inputs, batch, dynamic, flags.input_names, device, constant_kernels=constant
+    )
+    arguments = inputs.arguments(batch)
+    side = torch_side(trained, folded, arguments, batch, device, constant_kernels=constant, spend=spend)
     return side, resized
 
 

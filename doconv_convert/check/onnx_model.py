@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import PurePath
 from typing import TypeAlias
 
@@ -50,6 +51,14 @@ def external_files(model: ModelSource) -> list[str]:
         if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
             raise DoconvError(f"external data points out of the model's folder: '{name}'")
     return sorted(names)
+
+
+def has_branches(model: ModelSource) -> bool:
+    """Whether some of the model's nodes run on some inputs only (If) or a number of times (Loop, Scan)."""
+    proto = read_model(model)
+    nodes = chain(proto.graph.node, *(function.node for function in proto.functions))
+    graph = onnx.AttributeProto.GRAPH
+    return any(attribute.type == graph for node in nodes for attribute in node.attribute)
 
 
 def _tensors(part: Message) -> Iterator[onnx.TensorProto]:

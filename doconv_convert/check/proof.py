@@ -1,6 +1,7 @@
 """The proof: which checks were made, how each ended, and whether together they prove the file.
 
-A status is passed, failed or not checked; nothing "succeeds with a warning". Importing this needs no torch.
+A status is passed, failed, not checked or, of weights that are others, equivalent; nothing "succeeds with a warning".
+Importing this needs no torch.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from doconv_convert.check.detections import in_order_of
 from doconv_convert.check.graph import GraphComparison, compare_graphs
 from doconv_convert.check.leftovers import leftover_composition
 from doconv_convert.check.macs import MacCount, compare_counts, count_macs, format_macs
+from doconv_convert.check.onnx_model import has_branches
 from doconv_convert.check.other_runs import other_runs
 from doconv_convert.check.outputs import (
     FLOOR,
@@ -30,7 +32,8 @@ from doconv_convert.errors import DoconvError
 if TYPE_CHECKING:
     from doconv_convert.rewrite.trained import Layer
 
-State = Literal["passed", "failed", "not checked"]
+NOT_TAKEN = "it did not run: these inputs take another branch, or it only runs in training"
+State = Literal["passed", "failed", "not checked", "equivalent"]
 _T = TypeVar("_T")
 
 
@@ -66,6 +69,19 @@ class Proof:
         """Every check was made and passed."""
         return bool(self.statuses) and all(status.state == "passed" for status in self.statuses)
 
+    @property
+    def equivalent(self) -> bool:
+        """Other weights, and everything else passed: so the outputs agree on the inputs compared, and that is all."""
+        states = {status.state for status in self.statuses}
+        return "equivalent" in states and states <= {"passed", "equivalent"}
+
+    @property
+    def verdict(self) -> str:
+        """ "proven: true", "proven: false" or what stands between them, in words."""
+        if self.equivalent:
+            return "proven: false, equivalent on these inputs"
+        return f"proven: {str(self.proven).lower()}"
+
     def state(self, name: str) -> State:
         return next((status.state for status in self.statuses if status.name == name), "not checked")
 
@@ -75,7 +91,17 @@ class Proof:
         del figures["count"]
         if self.layers is None:
             del figures["layers"]
-        return {**figures, "proven": self.proven, "failed": self.failed}
+        return {**figures, "proven": self.proven, "equivalent": self.equivalent, "failed": self.failed}
+
+
+@dataclass(frozen=True)
+class FoldRun:
+    """The trained network against its fold, both in float64: the largest relative `error` of an output; how the network
+    differs from itself, where it does (`random`); what the fold changed (`findings`)."""
+
+    error: float = 0.0
+    random: str | None = None
+    findings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,7 +110,7 @@ class TorchSide:
     the batch, and per kernel how far a change of 1e-3 would move them (in units of their bounds).
     `detections` are the outputs that belong together (`detection_groups`); `alone` runs the first n samples in
     float64, by themselves. `flat` are unseen kernels whose gradient is cut or zero, with what changes of their
-    own size tell of them (`coverage.why_flat`)."""
+    own size tell of them (`coverage.why_flat`). `fold` is what was seen of the fold itself."""
 
     inputs: Sequence[Array]
     truth: Sequence[Array]
@@ -94,6 +120,7 @@ class TorchSide:
     detections: Sequence[Mapping[str, int]] = ()
     alone: Callable[[int], Sequence[Array]] | None = None
     flat: Mapping[str, str] = field(default_factory=dict)
+    fold: FoldRun | None = None
 
 
 def without_nan(value: Any) -> Any:
@@ -115,6 +142,15 @@ def check_graph(baseline: Path, candidate: Path, *, values: bool = True) -> Stat
         return Status("graph", "failed", "the graph is not the original's", tuple(findings))
     detail = f"{comparison.nodes} nodes and the {what} of {comparison.initializers} initializers are the original's"
     return Status("graph", "passed", detail)
+
+
+def check_weights(baseline: Path, candidate: Path) -> Status:
+    """Initializer bytes, of two files whose graphs are the same otherwise: what outputs on some inputs cannot tell."""
+    comparison = compare_graphs(baseline, candidate)
+    if comparison.equal:
+        return Status("weights", "passed", f"the bytes of {comparison.initializers} initializers are equal")
+    detail = "initializers hold other values: where the outputs agree, they do so on these inputs"
+    return Status("weights", "equivalent", detail, comparison.differences)
 
 
 def check_macs(baseline: Path | MacCount, candidate: Path, inputs: Sequence[Array] = ()) -> tuple[Status, MacCount]:
@@ -142,8 +178,27 @@ def dynamic_sizes(path: Path, inputs: Sequence[Array]) -> dict[str, int]:
     }
 
 
+def with_function(fold: Status, run: FoldRun | None) -> Status:
+    """The fold's status, from its per-site check and from the whole network's runs in float64 before and after it."""
+    if run is None or run.random is not None or fold.state != "passed":
+        return fold
+    if run.findings:
+        detail = (
+            "the folded network does not compute what the trained one does, both run in float64: it uses a kernel in "
+            "more ways than one layer's convolution; keep that layer out of the conversion with exclude"
+        )
+        return replace(fold, state="failed", detail=detail, findings=(*fold.findings, *run.findings))
+    return replace(fold, detail=f"{fold.detail}; in float64 the outputs before and after it differ by {run.error:.1e}")
+
+
 def check_outputs(candidate: Path, side: TorchSide) -> tuple[Status, list[OutputCheck]]:
     """onnxruntime against the float64 run of the trained model."""
+    if side.fold is not None and side.fold.random is not None:
+        detail = (
+            "the network is not deterministic: two runs in eval mode on the same inputs differ, so there is nothing to "
+            "compare with; turn off what is random there (dropout, noise)"
+        )
+        return Status("outputs", "failed", detail, (side.fold.random,)), []
     return judge(lambda precise, floor: _compare(OnnxSession(candidate, precise=precise), side, floor))
 
 
@@ -217,6 +272,16 @@ def check_coverage(side: TorchSide, graph_state: State, fold_state: State, minim
     return Status("coverage", "failed", f"{detail}; pass --input with real samples", findings)
 
 
+def with_branches(side: TorchSide, candidate: Path) -> TorchSide:
+    """Kernels that no run read only run in training, unless the file has branches: then they may stand in one that
+    these inputs do not take, and count as unseen."""
+    unread = [name for name, value in side.reach.items() if value is None]
+    if not unread or not has_branches(candidate):
+        return side
+    flat = {**side.flat, **dict.fromkeys(unread, NOT_TAKEN)}
+    return replace(side, reach={**side.reach, **dict.fromkeys(unread, 0.0)}, flat=flat)
+
+
 def _cause(side: TorchSide, name: str) -> str:
     return f": {side.flat[name]}" if name in side.flat else ""
 
@@ -240,6 +305,7 @@ def prove(
     min_coverage: float = 0.0,
 ) -> Proof:
     """Every check of one file; `resized` are the same models at other sizes of their dynamic dimensions."""
+    fold, side = with_function(fold, side.fold), with_branches(side, candidate)
     proof = Proof(str(candidate), [fold, check_graph(baseline, candidate)])
     status, count = check_macs(baseline, candidate, side.inputs)
     proof.statuses.append(status)

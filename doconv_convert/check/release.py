@@ -14,12 +14,12 @@ from torch import nn
 
 from doconv_convert.artifacts.checkpoint import save
 from doconv_convert.artifacts.export_child import Child
-from doconv_convert.artifacts.files import atomic_write, check_writable
+from doconv_convert.artifacts.files import check_writable, temporary_beside
 from doconv_convert.artifacts.models import Inputs
 from doconv_convert.artifacts.onnx_export import ExportReport
 from doconv_convert.artifacts.onnx_file import install_model
 from doconv_convert.artifacts.recipe import RecipeSite, recipe_sites
-from doconv_convert.check.certificate import Origin, remove_certificate, write_certificate
+from doconv_convert.check.certificate import Origin, certificate_path, remove_certificate, write_certificate
 from doconv_convert.check.exporting import Flags, export_and_run, export_job, threads_beside, write_inputs
 from doconv_convert.check.loaded import Loaded, fold_loaded
 from doconv_convert.check.memory import is_large
@@ -104,15 +104,28 @@ def release(
         proof.file = str(onnx)
         certificate = None
         if not proof.failed:
-            remove_certificate(onnx)
-            install_model(candidate, onnx)
+            made: list[Path] = []
             if certify and sides and proof.count is not None:
                 origin = Origin(Path(loaded.checkpoint.path), loaded.source, reports[0].opset, reports[0].exporter)
-                certificate = write_certificate(onnx, proof, sides[0], origin)
-            if plain is not None:
-                with atomic_write(plain) as temporary:
-                    shutil.copyfile(state, temporary)
+                made = write_certificate(candidate, proof, sides[0], origin)  # of the bytes that were proven
+                certificate = certificate_path(onnx)
+            _install(candidate, onnx, made, (state, plain))
     return Release(folded, reports[0], proof, notes, certificate, moved)
+
+
+def _install(candidate: Path, onnx: Path, beside: Sequence[Path], plain: tuple[Path, Path | None]) -> None:
+    """The model, the files `beside` it and the `plain` state dict (finished, place): written out first, then renamed
+    into place together. An earlier model's certificate goes where the new one has none."""
+    state, place = plain
+    moves = [(path, onnx.with_name(path.name)) for path in beside]
+    if place is None:
+        install_model(candidate, onnx, moves)
+    else:
+        with temporary_beside(place) as temporary:
+            shutil.copyfile(state, temporary)
+            install_model(candidate, onnx, [*moves, (temporary, place)])
+    if not beside:
+        remove_certificate(onnx)
 
 
 def describe_layers(trained: nn.Module, folded: FoldReport, inputs: Inputs | None) -> list[Layer]:

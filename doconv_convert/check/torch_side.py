@@ -21,7 +21,8 @@ from doconv_convert.check.device import full_precision, to_device
 from doconv_convert.check.exact import output_tensors, run_float64, run_inputs
 from doconv_convert.check.memory import give_up, return_freed
 from doconv_convert.check.outputs import SEEN, bound_for, relative_error
-from doconv_convert.check.proof import TorchSide
+from doconv_convert.check.proof import FoldRun, TorchSide
+from doconv_convert.check.same_function import Float64Runs, run_in_float64
 from doconv_convert.errors import DoconvError, UsageError
 from doconv_convert.rewrite.authors import authors_sites
 from doconv_convert.rewrite.discover import discover
@@ -45,18 +46,20 @@ def torch_side(
     samples: int,
     device: torch.device = _CPU,
     *,
+    constant_kernels: bool = False,
     spend: bool = False,
 ) -> TorchSide:
     """Run both models on the same inputs (a tuple of positional arguments), in eval mode on the device.
 
-    `trained` is the unfolded model, `folded` the plain one. A half-precision model is judged in float32
-    arithmetic on its own rounded weights, as it is exported; its truth takes the kernels as the fold rounded
-    them, which the per-site check ties to the model's own. With `spend` the trained model gives its values up as soon
-    as its outputs are known.
+    `trained` is the unfolded model, `folded` the plain one that `fold` made of it, with `constant_kernels` or without.
+    A half-precision model is judged in float32 arithmetic on its own rounded weights, as it is exported; its truth
+    takes the kernels as the fold rounded them. With `spend` the trained model gives its values up as soon as its
+    outputs are known.
     """
     with full_precision():
         models = trained.to(device), in_eval(folded).to(device)
-        return _with_coverage(*models, to_device(inputs, device), samples, spend)
+        runs = _run_both(*models, to_device(inputs, device), samples, constant_kernels, spend)
+        return runs.side() if runs.random else _with_coverage(models[1], runs)
 
 
 def resized_side(
@@ -67,6 +70,8 @@ def resized_side(
     dynamic: Mapping[str, Mapping[int, str]],
     names: Sequence[str] | None,
     device: torch.device = _CPU,
+    *,
+    constant_kernels: bool = False,
 ) -> TorchSide | None:
     """As `torch_side`, without the kernels' sensitivity, at another size of every dimension in `dynamic` (the ONNX
     inputs are called `names`); None where only the batch is dynamic. Raises UsageError where the model does not run.
@@ -80,7 +85,8 @@ def resized_side(
         try:
             with full_precision(), torch.no_grad():
                 arguments = to_device(inputs.resized(sizes).arguments(samples), device)
-                return _run_both(trained.to(device), in_eval(folded).to(device), arguments, samples).side()
+                models = trained.to(device), in_eval(folded).to(device)
+                return _run_both(*models, arguments, samples, constant_kernels).side()
         except DoconvError as error:
             refused = error
     asked = ", ".join(sorted({dimension for axes in dynamic.values() for dimension in axes.values()}))
@@ -110,45 +116,64 @@ def _other_sizes(
 
 @dataclass(frozen=True)
 class _Runs:
-    """The inputs in float32, the plain model's outputs on them in the order of the float64 truth, and that."""
+    """The inputs in float32, the plain model's outputs on them in the order of the float64 truth, that, and the leaf
+    kernels that the outputs' gradients lead to."""
 
+    folded: nn.Module
     inputs: Any
     plain: list[Tensor]
     truth: list[Tensor]
+    kernels: Mapping[str, Tensor]
     detections: list[dict[str, int]]
     samples: int
-    judge: nn.Module
+    function: Float64Runs
 
-    def side(self, reach: Mapping[str, float | None] | None = None) -> TorchSide:
+    @property
+    def random(self) -> bool:
+        return self.function.random is not None
+
+    def side(self) -> TorchSide:
         inputs = [_array(leaf) for leaf in tree_leaves(self.inputs) if isinstance(leaf, Tensor)]
         truth = [_array(t) for t in self.truth]
         plain = in_order_of(truth, [_array(p) for p in self.plain], self.detections)
-        alone = replace(self, plain=[], truth=[]).alone  # without the outputs, which hold all that gradients need
-        return TorchSide(inputs, truth, plain, self.samples, reach or {}, self.detections, alone)
-
-    def alone(self, count: int) -> list[Any]:
-        """The float64 outputs of the first samples by themselves."""
-        first = tree_map(lambda leaf: _leading(leaf, count, self.samples), self.inputs)
-        with full_precision():
-            return [_array(t) for t in run_float64(self.judge, first)]
+        alone = partial(_alone, self.folded, self.inputs, self.samples)
+        found = self.function
+        fold = FoldRun(found.error, found.random, found.findings)
+        return TorchSide(inputs, truth, plain, self.samples, {}, self.detections, alone, fold=fold)
 
 
-def _run_both(trained: nn.Module, folded: nn.Module, inputs: Any, samples: int, spend: bool = False) -> _Runs:
+def _alone(folded: nn.Module, inputs: Any, samples: int, count: int) -> list[Any]:
+    """The float64 outputs of the first `count` samples by themselves."""
+    first = tree_map(lambda leaf: _leading(leaf, count, samples), inputs)
+    with full_precision():
+        return [_array(t) for t in run_float64(folded, first)]
+
+
+def _run_both(
+    trained: nn.Module,
+    folded: nn.Module,
+    inputs: Any,
+    samples: int,
+    constant_kernels: bool,
+    spend: bool = False,
+) -> _Runs:
     half = any(p.dtype in (torch.float16, torch.bfloat16) for p in trained.parameters())
     narrow = tree_map(_to_float32, inputs)
-    folded.float()
-    judge = folded if half else trained
+    paths = _kernel_paths(folded, trained)
     try:
-        truth = run_float64(judge, inputs)
+        function = run_in_float64(trained, folded, inputs, constant_kernels=constant_kernels, spend=spend)
     except DoconvError:
         with torch.no_grad():
-            run_inputs(folded, narrow)  # inputs that the model does not run on at all are the better reason
+            run_inputs(folded.float(), narrow)  # inputs that the model does not run on at all are the better reason
         raise
     if spend:
         give_up(trained)
     return_freed()
+    kernels = _float32_kernels(folded, paths)
+    truth = run_float64(folded, narrow) if half else function.truth
     output = run_inputs(folded, narrow)  # after it: what this keeps for the gradients is large
-    return _Runs(narrow, output_tensors(output), truth, detection_groups(output), samples, judge)
+    groups = detection_groups(output)
+    return _Runs(folded, narrow, output_tensors(output), truth, kernels, groups, samples, function)
 
 
 def _leading(leaf: Any, count: int, samples: int) -> Any:
@@ -160,10 +185,8 @@ def _array(tensor: Tensor) -> Any:
     return tensor.detach().cpu().numpy()
 
 
-def _with_coverage(trained: nn.Module, folded: nn.Module, inputs: Any, samples: int, spend: bool) -> TorchSide:
-    kernels = _float32_kernels(folded, trained)
-    runs = _run_both(trained, folded, inputs, samples, spend)
-    side = runs.side()
+def _with_coverage(folded: nn.Module, runs: _Runs) -> TorchSide:
+    side, kernels = runs.side(), runs.kernels
     bounds = {
         index: bound_for(relative_error(plain, truth)) * float(np.linalg.norm(truth.ravel()))
         for index, (plain, truth) in enumerate(zip(side.plain, side.truth, strict=True))
@@ -190,16 +213,21 @@ def _with_coverage(trained: nn.Module, folded: nn.Module, inputs: Any, samples: 
     return replace(side, reach=reach, flat={name: reason for name, reason in reasons.items() if reason is not None})
 
 
-def _float32_kernels(folded: nn.Module, trained: nn.Module) -> Mapping[str, Tensor]:
+def _kernel_paths(folded: nn.Module, trained: nn.Module) -> list[tuple[str, str]]:
+    """(module, parameter) of every folded kernel; of a plain model, of all its convolutions'."""
+    sites = [(site.owner, site.kernel) for site in recipe_sites(trained)]
+    sites += [(site.path, site.kernel) for site in authors_sites(trained)]
+    if not sites:
+        plain = [site for site in discover(folded).sites if site.parameter is not None]
+        sites = [(site.owners[0].path, site.owners[0].kernel) for site in plain]
+    return sites
+
+
+def _float32_kernels(folded: nn.Module, paths: Sequence[tuple[str, str]]) -> Mapping[str, Tensor]:
     """The folded kernels, as leaves that take gradients; the folded model becomes float32 in place."""
     folded.float().requires_grad_(False)
     kernels: dict[str, Tensor] = {}
-    sites = [(site.owner, site.kernel) for site in recipe_sites(trained)]
-    sites += [(site.path, site.kernel) for site in authors_sites(trained)]
-    if not sites:  # a plain model: all of its convolutions
-        plain = [site for site in discover(folded).sites if site.parameter is not None]
-        sites = [(site.owners[0].path, site.owners[0].kernel) for site in plain]
-    for owner, name in sites:
+    for owner, name in paths:
         kernel = folded.get_submodule(owner)._parameters[name]
         if kernel is not None and not any(kernel is known for known in kernels.values()):
             kernels[site_name(owner, name)] = kernel.requires_grad_(True)

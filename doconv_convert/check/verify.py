@@ -141,7 +141,8 @@ def _against_torch(candidate: Path, reference: Reference, progress: Callable[[st
             return _without_weights(candidate, baseline, [t.numpy() for t in inputs.tensors(inputs.export_batch)])
         progress("running both")
         batch = inputs.proof_batch if _is_dynamic(baseline) else inputs.export_batch
-        side, resized = torch_sides(opened.model, folded, inputs, batch, _flags(reference), device)
+        constant, flags = reference.constant_kernels, _flags(reference)
+        side, resized = torch_sides(opened.model, folded, inputs, batch, flags, device, constant_kernels=constant)
         proof = prove(
             candidate, baseline, side, fold_status(recipe_sites(opened.model), report), resized, reference.min_coverage
         )
@@ -164,7 +165,7 @@ def _without_weights(candidate: Path, baseline: Path, inputs: Sequence[Array]) -
 
     status, count = check_macs(baseline, candidate, inputs)
     graph = check_graph(baseline, candidate, values=False)
-    outputs = Status("outputs", "not checked", "no weights were given (--weights)")
+    outputs = Status("outputs", "not checked", "no weights were given (--weights; or --graph-only, if that is enough)")
     return Proof(str(candidate), [graph, status, outputs], count.total)
 
 

@@ -82,7 +82,7 @@ def _fold(document: Json) -> Page:
     return Page(
         "fold",
         str(proof.get("file") or export.get("path") or ", ".join(written)),
-        _verdict(document["proven"], proof.get("failed", False)),
+        _verdict(document["proven"], proof),
         _checks(proof),
         facts,
         document["notes"],
@@ -96,7 +96,7 @@ def _verify(document: Json) -> Page:
     return Page(
         "verify",
         document["file"],
-        _verdict(document["proven"], document["failed"]),
+        _verdict(document["proven"], document),
         _checks(document),
         _mac_facts(document),
         pictures=_layer_pictures(rows),
@@ -178,9 +178,12 @@ def _dry_run(document: Json) -> Page:
     )
 
 
-def _verdict(proven: bool, failed: bool) -> Check:
+def _verdict(proven: bool, proof: Json) -> Check:
+    failed = proof.get("failed", False)
     if proven:
         return Check("proven: true", "passed", "every check was made and passed")
+    if proof.get("equivalent"):
+        return Check("equivalent on these inputs", "equivalent", "other weights; the outputs agree on these inputs")
     why = "a check failed" if failed else "not every check was made"
     return Check("proven: false", "failed" if failed else "not checked", why)
 

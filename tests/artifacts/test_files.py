@@ -137,7 +137,7 @@ for command in commands:
     result = CliRunner().invoke(app, command.split("|"))
     said.append([result.exit_code, result.stderr])
 try:
-    onnx_file.install_model(onnx_file.Path(finished), onnx_file.Path(out) / "a.onnx")
+    onnx_file.write(onnx_file.ir.load(finished), onnx_file.Path(out) / "a.onnx")
 except DoconvError as error:
     said.append([1, "error: " + str(error)])
 print(json.dumps(said))

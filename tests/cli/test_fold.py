@@ -14,6 +14,7 @@ from support import build_model, difference, sample_source, signature, varied_im
 from support_cli import names, run_cli, tiny, tiny_file, trained_sample, trained_tiny, write_model, write_sample
 
 from doconv_convert import fold
+from doconv_convert.artifacts import onnx_file
 from doconv_convert.artifacts.models import Opened, find_inputs
 from doconv_convert.artifacts.sources import parse_source
 from doconv_convert.check import exporting, proof, release
@@ -132,9 +133,7 @@ def no_exports(monkeypatch: pytest.MonkeyPatch) -> None:
         return reports
 
     monkeypatch.setattr(exporting, "export_in_child", export)
-    monkeypatch.setattr(
-        release, "install_model", lambda finished, target: Path(target).write_bytes(finished.read_bytes())
-    )
+    monkeypatch.setattr(onnx_file, "_data_files", lambda path: set())
 
 
 @pytest.mark.usefixtures("no_exports")
