@@ -304,7 +304,7 @@ def test_blind_kernels_count_only_with_the_fold_and_equal_bytes() -> None:
 def test_two_onnx_files(proven: Proven, tmp_path: Path) -> None:
     inputs = [IMAGES.numpy()]
     proof = compare_files(proven.baseline, proven.candidate, inputs)
-    assert states(proof) == dict.fromkeys(["graph", "macs", "outputs"], "passed")
+    assert states(proof) == dict.fromkeys(["graph", "weights", "macs", "outputs"], "passed")
     for damage, expected in (
         (channel_zeroed, {"outputs"}),
         (nan_in_a_kernel, {"outputs"}),
