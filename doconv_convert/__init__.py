@@ -26,7 +26,8 @@ _HOMES = {
     "kernel_macs": "nn.composition",
     "feature_macs": "nn.composition",
     "cached": "nn.cached",
-    "param_groups": "nn.param_groups",
+    "param_groups": "nn.optimizers",
+    "check_optimizer": "nn.optimizers",
     "ToDOConvPass": "rewrite.passes",
     "FoldPass": "rewrite.passes",
     "plan": "rewrite.plan",
@@ -59,7 +60,8 @@ if TYPE_CHECKING:
     from doconv_convert.nn.layers import DOConv1d as DOConv1d
     from doconv_convert.nn.layers import DOConv2d as DOConv2d
     from doconv_convert.nn.layers import DOConv3d as DOConv3d
-    from doconv_convert.nn.param_groups import param_groups as param_groups
+    from doconv_convert.nn.optimizers import check_optimizer as check_optimizer
+    from doconv_convert.nn.optimizers import param_groups as param_groups
     from doconv_convert.rewrite.convert import to_doconv as to_doconv
     from doconv_convert.rewrite.fold import fold as fold
     from doconv_convert.rewrite.passes import FoldPass as FoldPass

@@ -19,6 +19,7 @@ from doconv_convert.artifacts.reading import Checkpoint, read_checkpoint, requir
 from doconv_convert.artifacts.recipe import Recipe
 from doconv_convert.artifacts.selection import Selection, listed
 from doconv_convert.errors import DoconvError, UsageError
+from doconv_convert.rewrite.fold import untrained_notes
 
 Size = tuple[int, ...]
 
@@ -52,7 +53,8 @@ def fold_foreign_file(path: Path, selection: Selection, kernels: Sequence[str], 
     # every key for itself: who loads the file knows nothing of aliases
     stored = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in (checkpoint.state | made).items()}
     write_tensors(stored, Recipe(()), out)
-    return FoldedByKeys(tuple(unit.name for unit in units if unit.d is not None), (*checkpoint.notes, *notes))
+    notes = (*checkpoint.notes, *untrained_notes([unit.d for unit in units if unit.d is not None]), *notes)
+    return FoldedByKeys(tuple(unit.name for unit in units if unit.d is not None), notes)
 
 
 def parse_kernel(text: str) -> tuple[str, Size]:

@@ -162,7 +162,7 @@ def _timm() -> ModuleType:
     try:
         return importlib.import_module("timm")
     except ImportError as error:
-        raise DoconvError("a 'timm:' source needs timm: pip install 'doconv-convert[timm]'") from error
+        raise DoconvError("a 'timm:' source needs timm: pip install timm") from error
 
 
 def _choice(names: Iterable[str]) -> str:

@@ -165,7 +165,7 @@ def _workspace(target: Path) -> Iterator[Path]:
 
 
 def _notes(loaded: Loaded, folded: FoldReport, sites: Sequence[RecipeSite]) -> tuple[str, ...]:
-    notes = list(loaded.checkpoint.notes)
+    notes = [*loaded.checkpoint.notes, *folded.notes]
     if not sites and not loaded.checkpoint.units and not folded.by_graph:
         notes.append(f"'{loaded.checkpoint.path}' has no D: a plain checkpoint, nothing to fold")
     notes += [f"'{one.name}' ({one.cls}) was not folded: {one.declined}" for one in folded.foreign if one.declined]

@@ -121,6 +121,35 @@ def test_published_data_is_named_by_its_content_and_stale_data_goes(tmp_path: Pa
     assert (tmp_path / name).read_bytes() == b"weights"
 
 
+def test_content_and_name_reach_the_disk_in_that_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a power cut the target is the old file or the whole new one: the content is synced before the rename, the
+    folder after it."""
+    events: list[tuple[str, int, int]] = []
+    sync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        found = os.fstat(descriptor)
+        events.append(("sync", found.st_ino, found.st_size if stat.S_ISREG(found.st_mode) else 0))
+        sync(descriptor)
+
+    def replaced(source: Path, target: Path) -> None:
+        events.append(("rename", os.stat(source).st_ino, os.stat(source).st_size))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    with atomic_write(tmp_path / "out") as temporary:
+        temporary.write_bytes(b"weights")
+    (tmp_path / "data").write_bytes(b"external")
+    name = publish_data(tmp_path / "data", tmp_path / "m.onnx")
+    folder = tmp_path.stat().st_ino
+    expected = []
+    for path, size in ((tmp_path / "out", 7), (tmp_path / name, 8)):
+        file = path.stat().st_ino
+        expected += [("sync", file, size), ("rename", file, size), ("sync", folder, 0)]
+    assert events == expected
+
+
 LIMITED = """
 import json, resource, sys
 from typer.testing import CliRunner

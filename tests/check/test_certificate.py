@@ -9,9 +9,10 @@ from typing import Any
 
 import jsonschema
 import numpy as np
+import onnxruntime
 import pytest
 from onnx import numpy_helper
-from support import inexact_session, varied_images
+from support import inexact_session, varied_images, wrong_where
 from support_cli import ROOT, ExportsHere, names, run_cli, run_python, trained, write_model
 
 import doconv_convert
@@ -128,6 +129,14 @@ def flip(path: Path, position: int) -> None:
     data = bytearray(path.read_bytes())
     data[position] ^= 0x20
     path.write_bytes(data)
+
+
+@pytest.mark.parametrize("optimized", [True, False])
+def test_the_outputs_are_checked_with_optimizations_and_without(
+    files: Path, monkeypatch: pytest.MonkeyPatch, optimized: bool
+) -> None:
+    monkeypatch.setattr(onnxruntime, "InferenceSession", wrong_where(optimized))
+    assert failed(files) == {"outputs"}
 
 
 def test_a_fold_writes_a_certificate_that_holds(made: Path) -> None:

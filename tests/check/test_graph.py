@@ -200,6 +200,35 @@ def test_every_planted_fault_is_found(fault: Callable[[ModelProto], None]) -> No
     assert not compare_graphs(model, network()).equal
 
 
+def with_zeros(
+    initializer: float, constant: float, attribute: float, entry: float, dtype: type = np.float32
+) -> ModelProto:
+    """A network whose numbers are zeros of the given signs, at each place that holds one."""
+    value = numpy_helper.from_array(np.array([0.5, constant], dtype), "t")
+    nodes = [
+        helper.make_node("Constant", [], ["c"], value=value),
+        helper.make_node("Constant", [], ["l"], value_floats=[1.0, entry]),
+        helper.make_node("Mine", ["w", "c", "l"], ["y"], domain="mine", alpha=attribute),
+    ]
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    weights = [numpy_helper.from_array(np.array([initializer, 1.0], dtype), "w")]
+    return helper.make_model(helper.make_graph(nodes, "zeros", [], [output], weights))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.complex64])
+@pytest.mark.parametrize("place", range(4))
+def test_minus_zero_is_not_zero(tmp_path: Path, place: int, dtype: type) -> None:
+    """Equal as numbers, other bytes: 1 / x tells them apart."""
+    signs = [-0.0 if index == place else 0.0 for index in range(4)]
+    plus, minus = with_zeros(0.0, 0.0, 0.0, 0.0, dtype), with_zeros(*signs, dtype)
+    assert compare_graphs(plus, plus).equal
+    assert len(compare_graphs(plus, minus).differences) == 1
+    for name, model in (("plus", plus), ("minus", minus)):
+        options = {"location": f"{name}.data", "size_threshold": 0, "convert_attribute": True}
+        onnx.save(model, tmp_path / f"{name}.onnx", save_as_external_data=True, **options)
+    assert len(compare_graphs(tmp_path / "plus.onnx", tmp_path / "minus.onnx").differences) == 1
+
+
 def test_without_values_only_values_are_tolerated() -> None:
     for fault in FAULTS:
         model = network()
@@ -287,11 +316,35 @@ def test_the_names_of_a_composition_are_recognised(name: str) -> None:
     assert leftover_composition(model) == [f"initializer '{name}' is named like a part of a DO-Conv kernel"]
 
 
+def with_node(name: str, output: str, where: str) -> ModelProto:
+    """A node of that name that multiplies by the input, which is no constant's: only its name can tell."""
+    node = helper.make_node("Mul", ["a", "a"], [output], name=name)
+    model = network()
+    if where == "graph":
+        model.graph.node.append(node)
+    elif where == "branch":
+        model.graph.node[5].attribute[0].g.node.append(node)
+    else:
+        opsets = [helper.make_opsetid("", 18)]
+        model.functions.append(helper.make_function("mine", "F", ["a"], [output], [node], opsets))
+    return model
+
+
+@pytest.mark.parametrize("where", ["graph", "branch", "function"])
+@pytest.mark.parametrize("name", ["D", "layer1.0.D", "conv.weight_extra", "cell/kernel_D", "m.kernel_extra"])
+def test_nodes_named_like_a_composition_are_recognised(name: str, where: str) -> None:
+    said = [f"node '{name}' (Mul) is named like a part of a DO-Conv kernel"]
+    assert leftover_composition(with_node(name, "value", where)) == said
+    assert leftover_composition(with_node("", name, where)) == said
+
+
 @pytest.mark.parametrize("name", ["d", "D.weight", "encoder_D.weight", "extra", "BAD"])
 def test_other_names_are_left_alone(name: str) -> None:
     model = network()
     model.graph.initializer.append(numpy_helper.from_array(np.zeros(1), name))
     assert leftover_composition(model) == []
+    assert leftover_composition(with_node(name, "value", "graph")) == []
+    assert leftover_composition(with_node("", name, "branch")) == []
 
 
 def kernel_from(source: str, *nodes: onnx.NodeProto) -> ModelProto:

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import helper, numpy_helper
+from support import wrong_where
 from torch import Tensor, nn
 
 from doconv_convert.artifacts.onnx_export import export_onnx
@@ -96,6 +98,18 @@ def test_a_model_that_does_not_run_at_a_batch_is_not_asked_for_it(tmp_path: Path
     assert status.state == "passed"
     assert "the model itself does not run at batch 1; the model itself does not run at batch 2" in status.detail
     assert check_outputs(path, replace(side, alone=None))[0].state == "failed"
+
+
+@pytest.mark.parametrize("optimized", [True, False])
+def test_onnxruntime_itself_is_told_to_leave_its_optimizations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimized: bool
+) -> None:
+    """A fault of onnxruntime's at one optimization level is found at that level, so both were really run."""
+    monkeypatch.setattr(onnxruntime, "InferenceSession", wrong_where(optimized))
+    status = checked(tmp_path, torch.sin)
+    assert status.state == "failed"
+    assert len(status.findings) == 1
+    assert ("with optimisations off" in status.findings[0]) is not optimized
 
 
 def test_what_onnxruntime_computes_with_optimisations_off_must_agree_too(

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file, load_model
 from support import build_model, difference, sample_source, signature, varied_images
 from support_cli import names, run_cli, tiny, tiny_file, trained_sample, trained_tiny, write_model, write_sample
+from support_foreign import rebuild, wrapped
+from torch import nn
 
-from doconv_convert import fold
+from doconv_convert import fold, to_doconv
 from doconv_convert.artifacts import onnx_file
 from doconv_convert.artifacts.models import Opened, find_inputs
 from doconv_convert.artifacts.sources import parse_source
@@ -96,6 +98,27 @@ def test_a_plain_checkpoint_has_nothing_to_fold(tmp_path: Path) -> None:
     assert "has no D: a plain checkpoint, nothing to fold" in result.stdout.replace("\n", " ")
     state = tiny(tmp_path).state_dict()
     assert all(torch.equal(tensor, state[key]) for key, tensor in load_file(tmp_path / "plain.safetensors").items())
+
+
+def test_a_checkpoint_whose_every_d_is_zero_says_so(tmp_path: Path) -> None:
+    """A fact, not an error: the optimizer may have known no D, or the layers were frozen on purpose."""
+    write_model(to_doconv(tiny(tmp_path)), tmp_path / "zero.pth")
+    write_model(trained_tiny(tmp_path), tmp_path / "trained.pth")
+    foreign = rebuild(tiny(tmp_path))
+    for name, parameter in foreign.named_parameters():
+        if name.endswith(".D"):
+            nn.init.zeros_(parameter)
+    torch.save(wrapped(foreign), tmp_path / "foreign.pth")
+    model = ["--model", f"{tiny_file(tmp_path)}:tiny"]
+    for name, options, expected in (
+        ("zero", model, True),
+        ("trained", model, False),
+        ("foreign", model, True),
+        ("foreign", [], True),
+    ):
+        result = run_cli("fold", tmp_path / f"{name}.pth", *options, "-o", tmp_path / "plain.safetensors", "--json")
+        assert result.exit_code == 0, result.stderr
+        assert any(note.startswith("No D was trained") for note in json.loads(result.stdout)["notes"]) is expected
 
 
 def test_folding_what_is_folded_gives_the_same_bytes(tmp_path: Path) -> None:
