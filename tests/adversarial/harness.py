@@ -45,6 +45,13 @@ class Seen:
     def wrong_yes(self) -> bool:
         return self.proven and not (self.off is not None and self.off <= self.allowed)
 
+    @property
+    def reason(self) -> str:
+        """Why it was not proven: the error, or what failed and what was found."""
+        statuses = (self.document.get("proof") or {}).get("statuses", [])
+        failed = [(one["detail"], *one["findings"]) for one in statuses if one["state"] == "failed"]
+        return "; ".join(text for texts in failed for text in texts) or str(self.document.get("error", self.words))
+
 
 def source_of(net: str) -> str:
     """'reading.Alias' is the class or factory `Alias` of nets/reading.py."""

@@ -178,5 +178,5 @@ def test_own_samples_do_not_make_other_weights_proven(tmp_path: Path) -> None:
     candidate = write(tmp_path / "candidate.onnx", held)
     noise = np.random.default_rng(1).standard_normal((2, 3, SIZE, SIZE))
     np.save(tmp_path / "bright.npy", (60 + 5 * noise).astype(np.float32))
-    code, said = verify(candidate, release, "--input", str(tmp_path / "bright.npy"))
+    _, said = verify(candidate, release, "--input", str(tmp_path / "bright.npy"))
     assert said["proven"] is False

@@ -125,3 +125,10 @@ class RebuiltInEval(ByTraining):
         self.fused.weight.data = self.enc.weight.data + self.side.weight.data
         self.fused.bias.data = self.enc.bias.data + self.side.bias.data
         return self.head(torch.tanh(self.fused(x)))
+
+
+class Control(Two):
+    """Nothing is wrong with it."""
+
+    def change(self, y: Tensor) -> Tensor:
+        return y
