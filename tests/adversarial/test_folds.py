@@ -1,0 +1,152 @@
+"""Nets of which a fold may change what they compute, each through the real `fold --onnx`: the file agrees with the
+user's own trained model, or it is not proven and the reason is named."""
+
+import re
+import zlib
+from pathlib import Path
+
+import pytest
+from adversarial.harness import Seen, fold_net
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+
+# What a refusal has to name: what is done with the kernel, or that the fold changes the outputs.
+KERNEL = r"kernel|fold(ed)? model|weight"
+EXPORT = rf"export|{KERNEL}"
+RANDOM = r"itself|repeat|random|run to run|two runs"
+UNSAVED = r"checkpoint|state dict|saved|seed|built"
+UNSHOWN = r"same for every|constant|shows nothing|does not depend|--input"
+# No reason for a net whose outputs do depend on its inputs.
+MISLEADING = r"same for every sample|please report|Traceback"
+
+# Nets that the contract promises to fold: they must come out proven.
+RIGHT = [
+    "unrepeatable.Control",
+    "reading.TiedAutoencoder",
+    "reading.UntraceableAutoencoder",
+    "reading.NormPenalty",
+    "reading.TransposedKernel",
+    "reading.StatisticsGate",
+    "reading.Hypernet",
+    "reading.OtherModule",
+    "reading.Holder",
+    "computing.standardized",
+    "computing.normalized",
+    "computing.Shared",
+    "computing.SharedByLinear",
+    "computing.SharedByTransposedLayer",
+    "patched.forward_hook",
+    "patched.forward_pre_hook",
+    "unrepeatable.ByTraining",
+    "hidden.Gated",
+    "hidden.half",
+    "hidden.bfloat16",
+    "hidden.float64",
+    "objects.Registered",
+]
+
+# The others: right, or refused for a reason of this form.
+CASES = {
+    "reading.DataAutoencoder": EXPORT,
+    "reading.ByName": KERNEL,
+    "reading.ByStateDict": EXPORT,
+    "reading.ByParameterDict": KERNEL,
+    "reading.AllParameters": KERNEL,
+    "reading.ParameterCount": KERNEL,
+    "reading.ByType": KERNEL,
+    "reading.UsesD": KERNEL,
+    "reading.Alias": KERNEL,
+    "reading.DataAlias": KERNEL,
+    "reading.NumpyAlias": KERNEL,
+    "writing.masked": EXPORT,
+    "writing.data_masked": EXPORT,
+    "writing.max_norm": EXPORT,
+    "writing.index_write": EXPORT,
+    "writing.ParentAssigns": EXPORT,
+    "writing.ParentNormalizes": EXPORT,
+    "writing.ParentClips": EXPORT,
+    "writing.WritesStateDict": EXPORT,
+    "writing.WritesAlias": EXPORT,
+    "writing.writing_hook": EXPORT,
+    "writing.PrunesInEval": KERNEL,
+    "computing.rounded": EXPORT,
+    "computing.binary": KERNEL,
+    "computing.top_half": KERNEL,
+    "computing.cached_forever": EXPORT,
+    "computing.cached_in_eval": EXPORT,
+    "computing.cached_in_buffer": EXPORT,
+    "computing.averaged_in_buffer": EXPORT,
+    "computing.cached_globally": EXPORT,
+    "computing.SharedByGroups": KERNEL,
+    "computing.SharedByParent": KERNEL,
+    "patched.closure": rf"closure|{EXPORT}",
+    "patched.layer_closure": rf"closure|{EXPORT}",
+    "patched.layer_method": KERNEL,
+    "patched.weight_from_neighbor": rf"hook|{KERNEL}",
+    "patched.Unregistered": UNSAVED,
+    "patched.RandomFeatures": UNSAVED,
+    "patched.UnsavedBuffer": UNSAVED,
+    "unrepeatable.Dropout": RANDOM,
+    "unrepeatable.Noise": RANDOM,
+    "unrepeatable.RareNoise": RANDOM,
+    "unrepeatable.PythonNoise": RANDOM,
+    "unrepeatable.CallCount": RANDOM,
+    "unrepeatable.CallCountBuffer": rf"{RANDOM}|export",
+    "unrepeatable.Warmup": RANDOM,
+    "unrepeatable.ByPrecision": r"float32|float64|off by",
+    "unrepeatable.ByGradMode": r"grad|off by",
+    "unrepeatable.ByExport": r"export|off by",
+    "unrepeatable.RebuiltInEval": EXPORT,
+    "hidden.ClosedRelu": EXPORT,
+    "hidden.Scores": EXPORT,
+    "hidden.Steps": EXPORT,
+    "hidden.Offset": EXPORT,
+    "hidden.SmallBesideLarge": EXPORT,
+    "hidden.Branch": r"branch|cond|cover|export",
+    "hidden.Constant": UNSHOWN,
+    "hidden.ConstantBeside": UNSHOWN,
+    "hidden.NotANumber": r"finite|NaN",
+    "hidden.NotANumberBeside": r"finite|NaN",
+    "hidden.InPlace": r"in place|input",
+    "objects.CacheBeside": "Cache",
+    "objects.DataClass": "Result",
+    "objects.Object": "Cache",
+    "objects.ObjectList": "Cache",
+}
+ROADS = [(recipe, with_inputs) for recipe in (False, True) for with_inputs in (False, True)]
+ROAD_NAMES = ["state_dict", "state_dict-inputs", "recipe", "recipe-inputs"]
+
+
+def road_of(net: str) -> tuple[bool, bool]:
+    """One of the four, the same in every run; the long tests have all."""
+    return ROADS[zlib.crc32(net.encode()) % len(ROADS)]
+
+
+def require_honest(net: str, seen: Seen) -> None:
+    assert seen.crash is None, seen.words
+    assert not seen.wrong_yes, f"{net}: proven, and off by {seen.off:.1e}"
+    assert seen.proven or net not in RIGHT, seen.reason
+    if seen.proven:
+        assert seen.code == 0
+        return
+    assert seen.code in (1, 3)
+    assert seen.off is None, "a file that is not proven was written"
+    assert re.search(CASES[net], seen.reason, re.IGNORECASE), seen.reason
+    assert CASES[net] == UNSHOWN or not re.search(MISLEADING, seen.reason), seen.reason
+
+
+@pytest.mark.parametrize("net", [*RIGHT, *CASES])
+def test_a_file_is_right_or_is_not_proven(net: str, tmp_path: Path) -> None:
+    recipe, with_inputs = road_of(net)
+    require_honest(net, fold_net(net, tmp_path, recipe=recipe, with_inputs=with_inputs))
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize(("recipe", "with_inputs"), ROADS, ids=ROAD_NAMES)
+@pytest.mark.parametrize("net", [*RIGHT, *CASES])
+def test_a_file_is_right_or_is_not_proven_on_every_road(
+    net: str, recipe: bool, with_inputs: bool, tmp_path: Path
+) -> None:
+    if (recipe, with_inputs) == road_of(net):
+        pytest.skip("in the default run")
+    require_honest(net, fold_net(net, tmp_path, recipe=recipe, with_inputs=with_inputs))
