@@ -12,7 +12,7 @@ from doconv_convert import __version__
 from doconv_convert.artifacts.sources import Source, parse_source
 from doconv_convert.errors import DoconvError, UsageError
 from doconv_convert.nn.layers import DOCONV_CLASSES
-from doconv_convert.nn.overlay import is_overlaid, stored_kernels
+from doconv_convert.nn.overlay import stored_kernels
 from doconv_convert.nn.stored import StoredKernel
 from doconv_convert.rewrite.discover import discover
 from doconv_convert.rewrite.graphs import composition_nodes
@@ -32,14 +32,13 @@ RECIPE_ARGS = frozenset(
 
 @dataclass(frozen=True)
 class RecipeSite:
-    """One over-parameterized kernel: its owner's path, its name there, groups, D_mul (None: a 1x1 layer
-    without D), and whether the owner is a run-time subclass (`overlay`) or a DOConv layer."""
+    """One over-parameterized kernel: its owner's path, its name there, groups and D_mul (None: a 1x1 layer
+    without D)."""
 
     owner: str
     kernel: str
     groups: int
     d_mul: int | None
-    overlay: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ def recipe_sites(model: nn.Module) -> tuple[RecipeSite, ...]:
         for kernel in stored_kernels(module):
             d = module._parameters[kernel.d_name]
             d_mul = None if d is None else int(d.shape[2])
-            found.append(RecipeSite(path, kernel.name, kernel.groups, d_mul, is_overlaid(module)))
+            found.append(RecipeSite(path, kernel.name, kernel.groups, d_mul))
         if type(module) in DOCONV_CLASSES.values() and module.D is None:
             found.append(RecipeSite(path, "weight", int(module.groups), None))
         if isinstance(module, fx.GraphModule):
@@ -166,7 +165,6 @@ def apply_recipe(model: nn.Module, sites: Sequence[RecipeSite], state: Mapping[s
             continue
         site = planned.setdefault(id(parameter), Site(owners[id(parameter)], parameter, {one.groups}))
         site.d_mul = one.d_mul
-        site.read_elsewhere |= one.overlay
     for site in planned.values():
         refuse_name_clashes(site)
     rewrite = ToDOConvPass(sites=list(planned.values()))
@@ -201,12 +199,15 @@ def _require_factors(one: RecipeSite, parameter: Tensor, state: Mapping[str, Ten
             )
 
 
-def _site(owner: str, kernel: str, groups: int, d_mul: int | None, overlay: bool) -> RecipeSite:
-    """A site as a file gives it. Raises TypeError or ValueError for values of other kinds."""
+def _site(owner: str, kernel: str, groups: int, d_mul: int | None, overlay: bool = False) -> RecipeSite:
+    """A site as a file gives it (`overlay` is what version 0.1.0 wrote).
+
+    Raises TypeError or ValueError for values of other kinds.
+    """
     numbers = [groups] if d_mul is None else [groups, d_mul]
     if not all(type(value) is int and value > 0 for value in numbers):
         raise ValueError(f"groups {groups!r} and d_mul {d_mul!r} of {owner!r} are not positive whole numbers")
-    return RecipeSite(str(owner), str(kernel), groups, d_mul, bool(overlay))
+    return RecipeSite(str(owner), str(kernel), groups, d_mul)
 
 
 def sites_from_keys(
@@ -226,10 +227,8 @@ def sites_from_keys(
             d = state.get(f"{owner_path}.{StoredKernel(name, 1).d_name}".lstrip("."))
             if parameter is None or d is None or d.dim() != 3 or parameter.dim() < 3 or not parameter.shape[1]:
                 continue
-            site = by_owner.get((owner_path, name))
             groups = max(1, d.shape[0] // parameter.shape[1])
-            overlay = bool(site and site.read_elsewhere) or type(module) not in DOCONV_CLASSES
-            found[owner_path, name] = RecipeSite(owner_path, name, groups, int(d.shape[2]), overlay)
+            found[owner_path, name] = RecipeSite(owner_path, name, groups, int(d.shape[2]))
     if not found:
         return ()
     kept = {id(by_owner[key]) for key in found if key in by_owner}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from doconv_convert.errors import DoconvError
+from doconv_convert.errors import DoconvError, UsageError
 from doconv_convert.nn.composition import draw_weight_extra
 
 SLOTS_SUFFIX = "_first_slots"
@@ -60,6 +60,51 @@ class CachedKernel:
 
     def _note_gradient(self, gradient: Tensor) -> None:
         self.has_gradient = True
+
+
+def read_factors(module: nn.Module, kernel: StoredKernel) -> tuple[Tensor, Tensor, Tensor | None]:
+    """W's first slots, D and weight_extra of one kernel."""
+    parameters = module._parameters
+    # A DataParallel replica has D and weight_extra as plain attributes.
+    d, extra = (parameters.get(name, module.__dict__.get(name)) for name in (kernel.d_name, kernel.extra_name))
+    weight = parameters.get(kernel.name)
+    if weight is None or d is None:
+        raise RuntimeError(f"'{kernel.name}' of {type(module).__name__} has lost its tensors.")
+    return weight, d, extra
+
+
+def set_kernel(module: nn.Module, kernel: StoredKernel, value: Tensor) -> None:
+    """W := value, D := 0, in place; weight_extra stays. Then k = W + D [W | weight_extra] is `value` exactly.
+
+    Raises UsageError where its shape is not the kernel's.
+    """
+    weight, d, _ = read_factors(module, kernel)
+    if value.shape != weight.shape:
+        raise UsageError(
+            f"'{kernel.name}' of {type(module).__name__}: expected the shape {tuple(weight.shape)}, got "
+            f"{tuple(value.shape)}; call fold(model) before changing shapes."
+        )
+    with torch.no_grad():
+        weight.copy_(value)
+        d.zero_()
+
+
+def renew_d(module: nn.Module, kernel: StoredKernel, weight: nn.Parameter) -> None:
+    """A new D, zero, for a W that was put in the old one's place; weight_extra follows its dtype and device.
+
+    D is replaced, not zeroed in place: layers that were tied to this one keep theirs, and an engine that swaps
+    parameters in and out assigns W and then its own D, and must find that untouched.
+    """
+    for name in (kernel.d_name, kernel.extra_name):
+        factor = module._parameters.get(name)
+        if factor is None or (name == kernel.extra_name and (factor.is_meta or weight.is_meta)):
+            continue
+        values = torch.zeros_like(factor, device=weight.device, dtype=weight.dtype)
+        if name == kernel.extra_name:
+            if (factor.dtype, factor.device) == (weight.dtype, weight.device):
+                continue
+            values.copy_(factor.detach())
+        module._parameters[name] = nn.Parameter(values, requires_grad=weight.requires_grad)
 
 
 def refuse_shards(model: nn.Module, instead: str) -> None:

@@ -48,7 +48,7 @@ def sample_input(module: nn.Module) -> Sample | None:
                 forward = watch_forward(module, (x,))
             except Exception:  # the user's forward says in its own way that this is not its input
                 continue
-            reasons = [reason for _, reason, _ in forward.odd_kernels]
+            reasons = [odd.reason for odd in forward.odd_kernels]
             return Sample(x, Reason.COMPUTED in reasons or Reason.INPUT_DEPENDENT in reasons)
     return None
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from doconv_convert.errors import CheckFailedError, DoconvError
 from doconv_convert.nn.composition import full_d, full_w, row_pieces
 from doconv_convert.nn.layers import exact, fold_kernel
-from doconv_convert.nn.overlay import read_factors, stored_kernels
+from doconv_convert.nn.overlay import stored_kernels
+from doconv_convert.nn.stored import read_factors
 from doconv_convert.rewrite.install import is_over_parameterized, restore
 from doconv_convert.rewrite.sites import site_name
 

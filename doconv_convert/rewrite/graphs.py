@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch.nn import functional
 
 from doconv_convert.nn.composition import compose_kernel
+from doconv_convert.nn.kernel_view import KernelView, source_parameter
 from doconv_convert.rewrite.sites import Reason
 
 _aten = torch.ops.aten
@@ -92,8 +93,10 @@ def attribute(module: nn.Module, target: str) -> Any:
 
 
 def parameter_read(gm: fx.GraphModule, node: fx.Node) -> nn.Parameter | None:
-    """The Parameter that a `get_attr` node reads, or None."""
+    """The Parameter that a `get_attr` node reads, or None. Of an over-parameterized layer's kernel it is W."""
     value = attribute(gm, str(node.target)) if node.op == "get_attr" else None
+    if isinstance(value, KernelView):
+        return source_parameter(value)
     return value if isinstance(value, nn.Parameter) else None
 
 
@@ -116,6 +119,16 @@ def kernel_parameter(gm: fx.GraphModule, kernel: fx.Node) -> nn.Parameter | None
     if kernel.op == "call_function" and kernel.target is compose_kernel and isinstance(kernel.args[0], fx.Node):
         return parameter_read(gm, kernel.args[0])
     return parameter_read(gm, kernel)
+
+
+def spatial_sources(gm: fx.GraphModule, kernel: fx.Node) -> list[nn.Parameter]:
+    """The Parameters a computed kernel is made of that have kernel positions themselves: not gains, not biases."""
+    reads = (parameter_read(gm, node) for node in ancestors(kernel))
+    return list({id(p): p for p in reads if p is not None and has_positions(p)}.values())
+
+
+def has_positions(parameter: nn.Parameter) -> bool:
+    return parameter.dim() > 2 and parameter.shape[2:].numel() > 1
 
 
 def ancestors(node: fx.Node) -> set[fx.Node]:

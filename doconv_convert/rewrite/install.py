@@ -56,7 +56,7 @@ def install(site: Site, options: Options) -> bool:
         module, kernel = owner.module, StoredKernel(owner.kernel, site.group_count)
         if type(module) in _PLAIN_OF or kernel in stored_kernels(module):
             continue
-        if is_plain(module) and not (site.read_elsewhere and site.d_mul is not None):
+        if is_plain(module):
             layer: Any = module
             layer.__class__ = DOCONV_CLASSES[type(module)]
             layer.composition = options.composition

@@ -10,42 +10,50 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from doconv_convert.nn.overlay import read_factors, stored_kernels
-from doconv_convert.rewrite.graphs import composition_nodes, convolution_call, parameter_read
+from doconv_convert.nn.overlay import stored_kernels
+from doconv_convert.nn.stored import read_factors
+from doconv_convert.rewrite.graphs import composition_nodes, convolution_call, has_positions, parameter_read
 from doconv_convert.rewrite.sites import Reason
 from doconv_convert.rewrite.tracing import undisturbed
-
-# Not a read of a kernel's values, though a tensor goes in and comes out.
-_NEUTRAL = ("__get__", "__set__", "requires_grad_", "register_hook")
+from doconv_convert.rewrite.writes import Writes
 
 
 @dataclass
 class Watched:
-    """The calls of one kernel in one forward. `macs` counts multiply-accumulates over all calls."""
+    """The calls of one kernel in one forward; `direct` are those with the Parameter itself and not with a kernel that
+    is computed from it. `macs` counts multiply-accumulates over all calls."""
 
     groups: set[int] = field(default_factory=set)
     calls: int = 0
+    direct: int = 0
     macs: int = 0
     batch: int | None = None
     output_size: tuple[int, ...] | None = None
 
 
+class OddKernel(NamedTuple):
+    """A call whose kernel is no Parameter; `parameter` is the id of the one kernel that it is computed from."""
+
+    module: nn.Module
+    reason: Reason
+    parameter: int | None
+
+
 @dataclass
 class Forward:
-    """What a forward did: per Parameter id (W's where the kernel is composed) and kernels of no Parameter; how often
-    each module was entered, and the output."""
+    """What a forward did: per Parameter id (W's where the kernel is composed) and kernels of no Parameter; the ids of
+    written Parameters; how often each module was entered, and the output."""
 
     by_parameter: dict[int, Watched] = field(default_factory=dict)
-    odd_kernels: list[tuple[nn.Module, Reason, tuple[int, ...]]] = field(default_factory=list)
-    read_elsewhere: set[int] = field(default_factory=set)
+    odd_kernels: list[OddKernel] = field(default_factory=list)
+    written: set[int] = field(default_factory=set)
     entered: Counter[nn.Module] = field(default_factory=Counter)
     output: Any = None
 
@@ -64,15 +72,16 @@ def watch_forward(model: nn.Module, example_inputs: Any) -> Forward:
     """Run `model` once in eval mode without gradients and report its convolutions; nothing stays changed."""
     forward = Forward()
     stack: list[nn.Module] = []
-    with (
-        undisturbed(model),
-        torch.no_grad(),
-        _module_stack(model, stack, forward),
-        _Watcher(model, stack, forward, example_inputs),
-    ):
-        for module in model.modules():
-            module.training = False
-        forward.output = run_model(model, example_inputs)
+    watcher = _Watcher(model, stack, forward, example_inputs)
+    with undisturbed(model), torch.no_grad():
+        try:
+            with _module_stack(model, stack, forward), watcher:
+                for module in model.modules():
+                    module.training = False
+                forward.output = run_model(model, example_inputs)
+        finally:
+            watcher.undo()
+    forward.written = watcher.written
     return forward
 
 
@@ -106,21 +115,24 @@ def _module_stack(model: nn.Module, stack: list[nn.Module], forward: Forward) ->
             handle.remove()
 
 
-class _Watcher(TorchFunctionMode):
+class _Watcher(Writes):
     def __init__(self, model: nn.Module, stack: list[nn.Module], forward: Forward, example_inputs: Any) -> None:
-        super().__init__()
+        super().__init__(model)
         self.stack, self.forward = stack, forward
         self.parameters = {id(p) for p in model.parameters()}
         self.buffers = {id(b) for b in model.buffers()}
         # Tensors whose values come from the inputs: what tells an input-dependent kernel from a computed one.
         self.from_input: Any = WeakIdKeyDictionary()
-        # Tensors on the way from W and D to a composed kernel, with the id of that W.
-        self.composed: Any = WeakIdKeyDictionary()
+        # Every other tensor that is computed from parameters, with the ids of those that have kernel positions; D and
+        # weight_extra count as the W that they compose a kernel with.
+        self.sources: Any = WeakIdKeyDictionary()
         for leaf in tree_leaves(example_inputs):
             self._mark(self.from_input, leaf, True)
+        for parameter in model.parameters():
+            self._mark(self.sources, parameter, frozenset([id(parameter)] if has_positions(parameter) else []))
         for weight, *others in _factors(model):
             for factor in (weight, *others):
-                self._mark(self.composed, factor, id(weight))
+                self._mark(self.sources, factor, frozenset([id(weight)]))
 
     @staticmethod
     def _mark(marks: Any, value: Any, mark: Any) -> None:
@@ -129,46 +141,43 @@ class _Watcher(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.note(func, args, kwargs)
         result = func(*args, **kwargs)
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        sources = [self.sources[leaf] for leaf in leaves if leaf in self.sources]
         if any(leaf in self.from_input for leaf in leaves):
             for leaf in tree_leaves(result):
                 self._mark(self.from_input, leaf, True)
-        call = convolution_call(func, args, kwargs)
-        composed = next((self.composed[leaf] for leaf in leaves if leaf in self.composed), None)
-        if composed is not None and call is None:
+        elif sources:
             for leaf in tree_leaves(result):
-                self._mark(self.composed, leaf, composed)
+                self._mark(self.sources, leaf, frozenset().union(*sources))
+        call = convolution_call(func, args, kwargs)
         kernel = call[0] if call is not None and not call[2] else None
         if call is not None and kernel is not None and isinstance(result, Tensor):
             self._record(kernel, call[1] or 1, result)
-        if getattr(func, "__name__", "") not in _NEUTRAL and any(isinstance(r, Tensor) for r in tree_leaves(result)):
-            for leaf in leaves:
-                if id(leaf) in self.parameters and leaf is not kernel and not self._is_own(leaf):
-                    self.forward.read_elsewhere.add(id(leaf))
         return result
 
-    def _is_own(self, parameter: Tensor) -> bool:
-        current = self.stack[-1] if self.stack else None
-        return current is not None and any(parameter is p for p in current._parameters.values())
-
     def _record(self, kernel: Tensor, groups: int, output: Tensor) -> None:
-        current = self.stack[-1]
-        if id(kernel) in self.parameters:
-            if not self._is_own(kernel):
-                self.forward.read_elsewhere.add(id(kernel))
-            watched = self.forward.by_parameter.setdefault(id(kernel), Watched())
-        elif kernel in self.composed and kernel not in self.from_input:
-            watched = self.forward.by_parameter.setdefault(self.composed[kernel], Watched())
-        else:
-            self.forward.odd_kernels.append((current, self._reason(kernel), tuple(kernel.shape)))
+        direct = id(kernel) in self.parameters
+        source = id(kernel) if direct else self._source(kernel)
+        if not direct:
+            current = self.stack[-1]
+            self.forward.odd_kernels.append(OddKernel(current, self._reason(kernel), source))
+        if source is None:
             return
+        watched = self.forward.by_parameter.setdefault(source, Watched())
         batched = output.dim() == kernel.dim()
+        watched.direct += direct
         watched.groups.add(groups)
         watched.calls += 1
         watched.macs += output.numel() * kernel[0].numel()
         watched.batch = output.shape[0] if batched else 1
         watched.output_size = tuple(output.shape[2 if batched else 1 :])
+
+    def _source(self, kernel: Tensor) -> int | None:
+        """The one Parameter with kernel positions that a kernel is computed from."""
+        sources = self.sources.get(kernel, ())
+        return next(iter(sources)) if len(sources) == 1 and kernel not in self.from_input else None
 
     def _reason(self, kernel: Tensor) -> Reason:
         if kernel in self.from_input:

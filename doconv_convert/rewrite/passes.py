@@ -9,6 +9,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from doconv_convert.errors import DoconvError
 from doconv_convert.nn.composition import compose_kernel
+from doconv_convert.nn.overlay import stored_kernels
 from doconv_convert.nn.stored import SLOTS_SUFFIX, StoredKernel
 from doconv_convert.rewrite.discover import discover
 from doconv_convert.rewrite.folding import (
@@ -97,14 +98,13 @@ class ToDOConvPass(PassBase):
 def _insert_composition(gm: fx.GraphModule, read: fx.Node, site: Site, options: Options) -> bool:
     """Compose between a Parameter and its readers; whether that changed anything."""
     path, _, name = str(read.target).rpartition(".")
-    owner = gm.get_submodule(path)
+    owner, kernel = gm.get_submodule(path), StoredKernel(name, site.group_count)
     if any(user.target is compose_kernel for user in read.users):
         return False
     if not is_graph_storage(owner):
         changed = install(site, options)
-        if not isinstance(getattr(owner, name), nn.Parameter):
+        if kernel in stored_kernels(owner):
             return changed  # the attribute itself composes now
-    kernel = StoredKernel(name, site.group_count)
     d, extra = factors(site, options)
     if kernel.d_name not in owner._parameters:
         register_factors(owner, kernel, d, extra)
