@@ -17,8 +17,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
 _HOMES = {
     "DOConv1d": "nn.layers",
     "DOConv2d": "nn.layers",
@@ -33,25 +31,24 @@ _HOMES = {
     "plan": "rewrite.plan",
     "to_doconv": "rewrite.convert",
     "fold": "rewrite.fold",
-    "save": "artifacts.checkpoint",
-    "load": "artifacts.checkpoint",
-    "export_onnx": "artifacts.onnx_export",
-    "count_macs": "check.macs",
-    "verify": "check.verify",
-    "rehearse": "check.rehearse",
+    "save": "artifacts.checkpoints.checkpoint",
+    "load": "artifacts.checkpoints.checkpoint",
+    "export_onnx": "artifacts.export.exporter",
+    "count_macs": "check.macs.counting",
+    "verify": "workflows.verify",
+    "rehearse": "workflows.rehearsal.rehearse",
     "DoconvError": "errors",
     "UsageError": "errors",
+    "__version__": "versions",
 }
 
-__all__ = [*_HOMES, "__version__"]
+__all__ = [*_HOMES]
 
 if TYPE_CHECKING:
-    from doconv_convert.artifacts.checkpoint import load as load
-    from doconv_convert.artifacts.checkpoint import save as save
-    from doconv_convert.artifacts.onnx_export import export_onnx as export_onnx
-    from doconv_convert.check.macs import count_macs as count_macs
-    from doconv_convert.check.rehearse import rehearse as rehearse
-    from doconv_convert.check.verify import verify as verify
+    from doconv_convert.artifacts.checkpoints.checkpoint import load as load
+    from doconv_convert.artifacts.checkpoints.checkpoint import save as save
+    from doconv_convert.artifacts.export.exporter import export_onnx as export_onnx
+    from doconv_convert.check.macs.counting import count_macs as count_macs
     from doconv_convert.errors import DoconvError as DoconvError
     from doconv_convert.errors import UsageError as UsageError
     from doconv_convert.nn.cached import cached as cached
@@ -67,6 +64,9 @@ if TYPE_CHECKING:
     from doconv_convert.rewrite.passes import FoldPass as FoldPass
     from doconv_convert.rewrite.passes import ToDOConvPass as ToDOConvPass
     from doconv_convert.rewrite.plan import plan as plan
+    from doconv_convert.versions import __version__ as __version__
+    from doconv_convert.workflows.rehearsal.rehearse import rehearse as rehearse
+    from doconv_convert.workflows.verify import verify as verify
 
 
 def __getattr__(name: str) -> Any:

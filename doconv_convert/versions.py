@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
+__version__ = "0.1.0"
+
+
 LIBRARIES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "safetensors", "numpy")
 
 

@@ -17,8 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 import sample_models
-from doconv_convert.artifacts.sources import build, parse_source
-from doconv_convert.check.runtime import OnnxSession
+from doconv_convert.artifacts.sources.source import build, parse_source
+from doconv_convert.check.outputs.session import OnnxSession
 
 SAMPLES = ("residual", "grouped", "functional", "tied", "control_flow", "digits")
 # The share of the output's scale by which a lively net tells two images apart.

@@ -16,7 +16,7 @@ from follow_docs import follow
 from support_cli import run_cli
 from support_docs import PAGES, ROOT, blocks, offline_weights, run, runnable, visible
 
-from doconv_convert.artifacts import export_child
+from doconv_convert.artifacts.export import child_process
 
 # ImageNet's networks, or several processes.
 SLOW = {"README", "ci", "deployment", "fine_tuning", "lightning", "report", "timm_script", "torchrun"}
@@ -25,7 +25,7 @@ SLOW = {"README", "ci", "deployment", "fine_tuning", "lightning", "report", "tim
 NO_RUN = {
     "README": ".ci/run",
     "timm_script": "the script below it",
-    "report": "tests/cli/test_report.py, with two networks",
+    "report": "tests/cli/report/test_report.py, with two networks",
     "training": "recipes/torchrun.md",
 }
 
@@ -59,9 +59,9 @@ def in_process(code: str) -> None:
             assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
 
 
-def absolute(job: export_child.ExportJob) -> export_child.ExportJob:
+def absolute(job: child_process.ExportJob) -> child_process.ExportJob:
     """For an exporting child that is still in the folder of the test that started it."""
-    paths = {name: Path(value).absolute() for name in export_child._PATHS if (value := getattr(job, name)) is not None}
+    paths = {name: Path(value).absolute() for name in child_process._PATHS if (value := getattr(job, name)) is not None}
     text = str(Path(job.source.text).absolute()) if job.source.kind == "file" else job.source.text
     return replace(job, source=replace(job.source, text=text), **paths)
 
@@ -71,8 +71,8 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The reader's folder, from which Python imports their files."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    export = export_child.Child.export
-    monkeypatch.setattr(export_child.Child, "export", lambda self, job: export(self, absolute(job)))
+    export = child_process.Child.export
+    monkeypatch.setattr(child_process.Child, "export", lambda self, job: export(self, absolute(job)))
     before = set(sys.modules)
     yield tmp_path
     for name in set(sys.modules) - before:

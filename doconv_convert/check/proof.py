@@ -12,13 +12,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from doconv_convert.check.detections import in_order_of
-from doconv_convert.check.graph import GraphComparison, compare_graphs
-from doconv_convert.check.leftovers import leftover_composition
-from doconv_convert.check.macs import MacCount, compare_counts, count_macs, format_macs
-from doconv_convert.check.onnx_model import has_branches
-from doconv_convert.check.other_runs import other_runs
-from doconv_convert.check.outputs import (
+from doconv_convert.check.macs.counting import MacCount, compare_counts, count_macs, format_macs
+from doconv_convert.check.onnx_files.graph_diff import GraphComparison, compare_graphs
+from doconv_convert.check.onnx_files.leftovers import leftover_composition
+from doconv_convert.check.onnx_files.model import has_branches, onnx_input_shapes
+from doconv_convert.check.outputs.compare import (
     FLOOR,
     ONNX_BOUND,
     SEEN,
@@ -26,11 +24,14 @@ from doconv_convert.check.outputs import (
     OutputCheck,
     compare_outputs,
 )
-from doconv_convert.check.runtime import OnnxSession, onnx_input_shapes
+from doconv_convert.check.outputs.detections import in_order_of
+from doconv_convert.check.outputs.expected import TorchSide
+from doconv_convert.check.outputs.reruns import other_runs
+from doconv_convert.check.outputs.session import OnnxSession
 from doconv_convert.errors import DoconvError
 
 if TYPE_CHECKING:
-    from doconv_convert.rewrite.trained import Layer
+    from doconv_convert.rewrite.layer_stats import Layer
 
 NOT_TAKEN = "it did not run: these inputs take another branch, or it only runs in training"
 State = Literal["passed", "failed", "not checked", "equivalent"]
@@ -102,25 +103,6 @@ class FoldRun:
     error: float = 0.0
     random: str | None = None
     findings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class TorchSide:
-    """What torch says about the inputs: float64 outputs of the trained model, fp32 outputs of the plain one,
-    the batch, and per kernel how far a change of 1e-3 would move them (in units of their bounds).
-    `detections` are the outputs that belong together (`detection_groups`); `alone` runs the first n samples in
-    float64, by themselves. `flat` are unseen kernels whose gradient is cut or zero, with what changes of their
-    own size tell of them (`coverage.why_flat`). `fold` is what was seen of the fold itself."""
-
-    inputs: Sequence[Array]
-    truth: Sequence[Array]
-    plain: Sequence[Array]
-    samples: int
-    reach: Mapping[str, float | None]
-    detections: Sequence[Mapping[str, int]] = ()
-    alone: Callable[[int], Sequence[Array]] | None = None
-    flat: Mapping[str, str] = field(default_factory=dict)
-    fold: FoldRun | None = None
 
 
 def without_nan(value: Any) -> Any:
@@ -205,8 +187,8 @@ def check_outputs(candidate: Path, side: TorchSide) -> tuple[Status, list[Output
 def judge(compare: Callable[[bool, float], tuple[Status, _T]]) -> tuple[Status, _T]:
     """The status of a file's outputs, and what belongs to it. `compare` runs the file (precise, least bound).
 
-    Where values are off, onnxruntime's own sums and sigmoids may be why (`precise.py`): then the file passes if it does
-    with those in float64, and without if it keeps to ONNX_BOUND.
+    Where values are off, onnxruntime's own sums and sigmoids may be why (`float64_copy.py`): then the file passes if
+    it does with those in float64, and without if it keeps to ONNX_BOUND.
     """
     status, found = compare(False, FLOOR)
     if status.state == "passed" or compare(False, ONNX_BOUND)[0].state == "failed":

@@ -70,11 +70,11 @@ def verify(
                 raise UsageError(
                     "verify: --model and --weights go with --against; a certificate names its own network."
                 )
-            from doconv_convert.check.recheck import verify_certificate
+            from doconv_convert.check.certificate.verify import verify_certificate
 
             _show(shown, verify_certificate(candidate, certificate, input_file), report, enough=False)
             return
-        from doconv_convert.check.verify import Reference, verify_file
+        from doconv_convert.workflows.verify import Reference, verify_file
 
         reference = Reference(
             against=str(against),

@@ -26,7 +26,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from doconv_convert.errors import UsageError
-from doconv_convert.nn import compiled
+from doconv_convert.nn import native
 from doconv_convert.nn.product import compiled_product, plus_product
 
 # Numbers in a piece of a kernel: 4 MiB of float64.
@@ -74,7 +74,7 @@ def compose_kernel(weight: Tensor, d: Tensor, weight_extra: Tensor | None = None
     """
     if isinstance(d, fx.Proxy):
         return _as_one_node(compose_kernel, weight, d, weight_extra, groups)
-    if weight_extra is None and weight.is_contiguous() and compiled.serves(d, groups, weight):
+    if weight_extra is None and weight.is_contiguous() and native.serves(d, groups, weight):
         return compiled_product(weight, d, groups)  # nothing to cast, copy or switch off
     device = weight.device.type
     # A context manager costs more than a small composition: enter it only where there is something to switch off.

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from doconv_convert.errors import DoconvError
 from doconv_convert.nn.composition import compose_kernel
-from doconv_convert.nn.stored import StoredKernel, read_factors, set_kernel
+from doconv_convert.nn.factors import StoredKernel, read_factors, set_kernel
 
 _IN_PLACE = frozenset(
     f"__{name}__"

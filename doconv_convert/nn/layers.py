@@ -17,8 +17,8 @@ from doconv_convert.nn.composition import (
     require_composition,
     resolve_d_mul,
 )
+from doconv_convert.nn.factors import StoredKernel, new_factors
 from doconv_convert.nn.overlay import OverParameterized, first_slots, kernel_property
-from doconv_convert.nn.stored import StoredKernel, new_factors
 
 
 class _DOConv(OverParameterized, nn.modules.conv._ConvNd):

@@ -17,8 +17,8 @@ from torch import Tensor, fx, nn
 
 from doconv_convert.errors import DoconvError, UsageError
 from doconv_convert.nn.composition import compose_kernel
+from doconv_convert.nn.factors import CachedKernel, StoredKernel, load_factors, renew_d, set_kernel
 from doconv_convert.nn.kernel_view import KernelView, refusal, source_module, view_kernel
-from doconv_convert.nn.stored import CachedKernel, StoredKernel, load_factors, renew_d, set_kernel
 
 
 class OverParameterized(nn.Module):

@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from doconv_convert.nn.layers import DOCONV_CLASSES
 from doconv_convert.nn.overlay import is_overlaid, stored_kernels
-from doconv_convert.rewrite.graphs import (
+from doconv_convert.rewrite.fx_graph import (
     ancestors,
     functional_calls,
     kernel_origin,
@@ -21,7 +21,7 @@ from doconv_convert.rewrite.graphs import (
     parameter_read,
     spatial_sources,
 )
-from doconv_convert.rewrite.measure import Forward, Watched, watch_forward
+from doconv_convert.rewrite.observe import Forward, Watched, watch_forward
 from doconv_convert.rewrite.sites import Action, Owner, Reason, Site
 from doconv_convert.rewrite.tracing import WRITTEN, Region, find_regions, trace
 from doconv_convert.rewrite.writes import graph_writes

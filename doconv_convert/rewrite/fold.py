@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from doconv_convert.nn.stored import refuse_shards
-from doconv_convert.rewrite.authors import authors_sites, fold_authors
+from doconv_convert.nn.factors import refuse_shards
 from doconv_convert.rewrite.convert import copy_model
-from doconv_convert.rewrite.foreign import Foreign, find_foreign, replace_foreign
+from doconv_convert.rewrite.foreign.authors import authors_sites, fold_authors
+from doconv_convert.rewrite.foreign.by_graph import Foreign, find_foreign, replace_foreign
 from doconv_convert.rewrite.passes import fold_kernels, kernel_factors
 
 logger = logging.getLogger(__name__)

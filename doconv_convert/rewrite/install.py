@@ -7,9 +7,9 @@ from typing import Any
 from torch import fx, nn
 
 from doconv_convert.errors import DoconvError
+from doconv_convert.nn.factors import StoredKernel, new_factors
 from doconv_convert.nn.layers import DOCONV_CLASSES
 from doconv_convert.nn.overlay import is_overlaid, overlay, remove_overlay, stored_kernels
-from doconv_convert.nn.stored import StoredKernel, new_factors
 from doconv_convert.rewrite.discover import is_plain
 from doconv_convert.rewrite.sites import Options, Site
 

@@ -9,10 +9,10 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from doconv_convert.errors import DoconvError
 from doconv_convert.nn.composition import compose_kernel
+from doconv_convert.nn.factors import SLOTS_SUFFIX, StoredKernel
 from doconv_convert.nn.overlay import stored_kernels
-from doconv_convert.nn.stored import SLOTS_SUFFIX, StoredKernel
 from doconv_convert.rewrite.discover import discover
-from doconv_convert.rewrite.folding import (
+from doconv_convert.rewrite.fold_kernels import (
     Factors,
     assign_folded,
     folded_rows,
@@ -20,7 +20,7 @@ from doconv_convert.rewrite.folding import (
     restore_layers,
     unique,
 )
-from doconv_convert.rewrite.graphs import composition_nodes, parameter_read
+from doconv_convert.rewrite.fx_graph import composition_nodes, parameter_read
 from doconv_convert.rewrite.install import (
     factors,
     install,

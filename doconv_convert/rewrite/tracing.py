@@ -9,13 +9,13 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from doconv_convert.rewrite.graphs import has_unknown_groups
+from doconv_convert.rewrite.fx_graph import has_unknown_groups
 from doconv_convert.rewrite.writes import Writes, is_view_of_parameter
 
 # In a traced graph's `meta`: the ids of parameters that were written for good while it was traced.
@@ -160,3 +160,13 @@ def _copy_containers(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         name: (value, copy.copy(value) if type(value) in (dict, list, set, OrderedDict) else None)
         for name, value in attributes.items()
     }
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def in_eval(model: M) -> M:
+    """`model` itself with every module in eval mode."""
+    for module in model.modules():
+        module.training = False
+    return model

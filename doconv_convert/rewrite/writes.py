@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from doconv_convert.rewrite.graphs import parameter_read
+from doconv_convert.rewrite.fx_graph import parameter_read
 
 _OPERATORS = (
     *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from doconv_convert import save, to_doconv
-from doconv_convert.artifacts.sources import build, parse_source
+from doconv_convert.artifacts.sources.source import build, parse_source
 from doconv_convert.cli.app import app
 from doconv_convert.errors import DoconvError
 

@@ -148,7 +148,7 @@ def test_folders_and_missing_files_are_refused(files: Path) -> None:
 @pytest.mark.parametrize("figure", ["sha256", "plain_error", "norm"])
 def test_a_forged_certificate_of_an_edited_file_fails_on_what_is_run(files: Path, figure: str) -> None:
     """The hash and the digest fit, as a forger makes them; the outputs are run anew."""
-    from doconv_convert.check.certificate import digest
+    from doconv_convert.check.certificate.certificate import digest
 
     edit(files / "a.onnx", negated, which=0)  # a kernel that shows
     content = json.loads((files / "a.certificate.json").read_text())

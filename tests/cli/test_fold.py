@@ -16,11 +16,13 @@ from support_foreign import rebuild, wrapped
 from torch import nn
 
 from doconv_convert import fold, to_doconv
-from doconv_convert.artifacts import onnx_file
+from doconv_convert.artifacts.export import onnx_file
 from doconv_convert.artifacts.models import Opened, find_inputs
-from doconv_convert.artifacts.sources import parse_source
-from doconv_convert.check import exporting, proof, release
-from doconv_convert.check.torch_side import torch_side
+from doconv_convert.artifacts.sources.source import parse_source
+from doconv_convert.check import proof
+from doconv_convert.check.torch_runs.reference_run import torch_side
+from doconv_convert.workflows import exports
+from doconv_convert.workflows import fold as fold_workflow
 
 # Two fp32 implementations of one of these nets; the proof's own bound is about 1e-6.
 SAME = 1e-5
@@ -152,10 +154,10 @@ def no_exports(monkeypatch: pytest.MonkeyPatch) -> None:
         reports = []
         for job in jobs:
             job.path.write_bytes(b"a model")
-            reports.append(exporting.ExportReport(str(job.path), 20, [], [], "dynamo", True, False))
+            reports.append(exports.ExportReport(str(job.path), 20, [], [], "dynamo", True, False))
         return reports
 
-    monkeypatch.setattr(exporting, "export_in_child", export)
+    monkeypatch.setattr(exports, "export_in_child", export)
     monkeypatch.setattr(onnx_file, "_data_files", lambda path: set())
 
 
@@ -168,7 +170,7 @@ def test_a_failed_check_writes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     (out / "m.onnx").write_bytes(b"old")
     (out / "plain.safetensors").write_bytes(b"old")
     found = proof.Status("graph", state, "the graph was looked at", ("one difference",))  # type: ignore[arg-type]
-    monkeypatch.setattr(release, "prove", lambda candidate, *_: proof.Proof(str(candidate), [found]))
+    monkeypatch.setattr(fold_workflow, "prove", lambda candidate, *_: proof.Proof(str(candidate), [found]))
     result = run_cli("fold", path, *options, "--onnx", out / "m.onnx", "-o", out / "plain.safetensors")
     assert result.exit_code == (0 if state == "passed" else 3)
     assert f"proven: {str(state == 'passed').lower()}" in result.stdout

@@ -11,8 +11,8 @@ from support import build_model, make_lively, sample_source, varied_images
 from support_cli import ExportsHere, run_cli, run_python, trained_sample, write_sample
 
 from doconv_convert import fold
-from doconv_convert.artifacts import export_child
-from doconv_convert.artifacts.onnx_export import export_onnx
+from doconv_convert.artifacts.export import child_process
+from doconv_convert.artifacts.export.exporter import export_onnx
 
 # Its forward asks for the batch, so that the exporter fixes it.
 STATIC = """
@@ -48,7 +48,7 @@ print("loaded", *sorted({"torch", "torchvision", "onnx", "onnxruntime", "onnxscr
 
 @pytest.fixture(autouse=True)
 def exports_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export_child, "Child", ExportsHere)
+    monkeypatch.setattr(child_process, "Child", ExportsHere)
 
 
 @pytest.fixture(scope="module")
