@@ -3,7 +3,7 @@
     python benchmarks/evidence/mutations.py [--nets NAME ...] [--seed 0] [--json docs/data/mutations.json] [--resume]
 
 Each net is converted, made lively (as `rehearse` does) and exported once; a fault is an edit of the ONNX file and
-one run of the proof. The tables go to docs/mutations.md.
+one run of the proof. docs/make/mutations_table.py makes the page of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import faults
 import numpy as np
 import onnx
 import torch
-from mutations_table import compact, write_table
 from torch import nn
 
 from doconv_convert import to_doconv
@@ -230,6 +229,17 @@ def _short(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.3g}")
 
 
+def compact(result: dict[str, Any]) -> str:
+    """JSON with one line a fault."""
+    text = json.dumps({k: v for k, v in result.items() if not isinstance(v, list)}, indent=1).rstrip("}\n")
+    nets = []
+    for net in result["mutations"]:
+        head = json.dumps({k: v for k, v in net.items() if k != "rows"})
+        rows = ",\n  ".join(json.dumps(row) for row in net["rows"])
+        nets.append(f'{head[:-1]}, "rows": [\n  {rows}]}}')
+    return text + ',\n "mutations": [\n ' + ",\n ".join(nets) + "]}\n"
+
+
 def machine() -> dict[str, str]:
     import onnxruntime
     import torchvision
@@ -249,7 +259,6 @@ def main() -> None:
     parser.add_argument("--nets", nargs="+", default=None, help="some of the table")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=ROOT / "docs/data/mutations.json")
-    parser.add_argument("--table", type=Path, default=ROOT / "docs/mutations.md")
     parser.add_argument("--resume", action="store_true", help="keep what the JSON file has already")
     options = parser.parse_args()
     result = json.loads(options.json.read_text()) if options.json.exists() else {}
@@ -261,7 +270,6 @@ def main() -> None:
         result = {**machine(), "seed": options.seed, "seen": SEEN, "mutations": list(done.values())}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(compact(result))
-        write_table(result, options.table)
         print(name, json.dumps({k: v for k, v in done[name].items() if k != "rows"}), flush=True)
 
 

@@ -1,14 +1,14 @@
 """The MACs of ONNX graphs against the figures that torchvision publishes, and against torch's own counter.
 
-    python benchmarks/evidence/published_macs.py [--only GLOB] [--graphs FOLDER] [--table]
+    python benchmarks/evidence/published_macs.py [--only GLOB] [--graphs FOLDER]
 
 For every weights entry that publishes `_ops` (giga-MACs): the architecture those weights belong to, exported at the
 weights' own crop size, counted by `count_macs`, and run once under torch.utils.flop_counter (which counts 2 a MAC).
 The figures depend on shapes alone, so models are built and exported on the meta device: no weights exist. Detectors
 compute sizes from values; they are exported by our own `export_onnx`, with random weights.
 
-Results go to docs/data/published_macs.json after every model (a rerun resumes there); --table writes
-docs/published_macs.md from them. --graphs keeps the exported graphs, which makes a recount quick.
+Results go to docs/data/published_macs.json after every model (a rerun resumes there); docs/make/published_macs_table.py
+makes the page of them. --graphs keeps the exported graphs, which makes a recount quick.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from unittest.mock import patch
 import onnx
 import onnx_ir as ir
 import torch
-from published_macs_table import rendered
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import get_model, get_model_weights, list_models
@@ -40,7 +39,6 @@ from doconv_convert.check.macs.counting import MacCount, count_macs
 from doconv_convert.errors import DoconvError
 
 RESULTS = Path(__file__).parents[2] / "docs" / "data" / "published_macs.json"
-TABLE = RESULTS.parents[1] / "published_macs.md"
 # What torchvision's own test measures a model at where its weights name no crop.
 PLAIN_SIZE = 512
 
@@ -162,12 +160,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="*", metavar="GLOB", help="models to measure (again)")
     parser.add_argument("--graphs", type=Path, metavar="FOLDER")
-    parser.add_argument("--table", action="store_true", help="measure nothing, write the table")
     options = parser.parse_args()
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    if options.table:
-        TABLE.write_text(rendered(results))
-        return
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     by_shape: dict[Any, dict[str, Any]] = {}

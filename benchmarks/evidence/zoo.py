@@ -1,10 +1,10 @@
 """The zoo: what the conversion, the fold and the whole rehearsal do on every model of torchvision and timm.
 
-    python benchmarks/evidence/zoo.py plans                           # every timm architecture, planned on the meta device
-    python benchmarks/evidence/zoo.py rehearse torchvision --seed 0   # the whole rehearsal of every name
-    python benchmarks/evidence/zoo.py rehearse timm --seed 0          # of the smallest of every timm family
-    python benchmarks/evidence/zoo.py folds --seed 1                  # exact start and fold, timm below 100 M parameters
-    python benchmarks/evidence/zoo.py page                            # docs/zoo.md from what has been run
+    python benchmarks/evidence/zoo.py plans                          # every timm architecture, on the meta device
+    python benchmarks/evidence/zoo.py rehearse torchvision --seed 0  # the whole rehearsal of every name
+    python benchmarks/evidence/zoo.py rehearse timm --seed 0         # of the smallest of every timm family
+    python benchmarks/evidence/zoo.py folds --seed 1                 # exact start and fold, timm below 100 M parameters
+    python docs/make/zoo_page.py                                     # docs/zoo.md from what has been run
 
 Each run adds rows to a JSON lines file under docs/data/zoo/ and continues where it was stopped; delete the rows (and
 build/zoo/) that shall be made again.
@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from zoo_page import write_page
 
 from doconv_convert import plan
 from doconv_convert.artifacts.sources.zoos import model_names
@@ -132,7 +131,7 @@ def run(name: str, sources: list[str], raw_folder: Path, options: list[str]) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["plans", "rehearse", "folds", "page"])
+    parser.add_argument("what", choices=["plans", "rehearse", "folds"])
     parser.add_argument("library", nargs="?", choices=["torchvision", "timm"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1)
@@ -144,11 +143,10 @@ def main() -> None:
         plans()
     elif options.what == "folds":
         run(f"timm-folds-{options.seed}", options.only or small_architectures(), options.raw, ["--no-export", *flags])
-    elif options.what == "rehearse":
+    else:
         torchvision = [f"torchvision:{name}" for name in model_names("torchvision")]
         sources = torchvision if options.library == "torchvision" else smallest_of_each_family()
         run(f"{options.library}-{options.seed}", options.only or sources, options.raw, flags)
-    write_page(DATA, ROOT / "docs/zoo.md")
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from mutations import exported, trained_model
 
 from doconv_convert.artifacts.models import Opened, find_inputs
 from doconv_convert.artifacts.sources.source import build, parse_source
@@ -25,6 +25,10 @@ from doconv_convert.check.outputs.session import OnnxSession
 from doconv_convert.check.proof import prove
 from doconv_convert.check.torch_runs.reference_run import torch_side
 from doconv_convert.rewrite.convert import copy_model
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "evidence"))
+
+from mutations import exported, trained_model
 
 
 def seconds(work: Callable[[], object]) -> float:

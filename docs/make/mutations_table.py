@@ -1,25 +1,19 @@
-"""docs/mutations.md from the JSON of mutations.py."""
+"""docs/mutations.md from the JSON of benchmarks/evidence/mutations.py.
+
+python docs/make/mutations_table.py [--json docs/data/mutations.json] [--table docs/mutations.md]
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+DOCS = Path(__file__).resolve().parents[1]
 _VERSIONS = ("python", "torch", "torchvision", "onnx", "onnxruntime")
 KERNEL_FAULT = "kernel times 1 + 1e-3 N(0,1)"
-
-
-def compact(result: dict[str, Any]) -> str:
-    """JSON with one line a fault."""
-    text = json.dumps({k: v for k, v in result.items() if not isinstance(v, list)}, indent=1).rstrip("}\n")
-    nets = []
-    for net in result["mutations"]:
-        head = json.dumps({k: v for k, v in net.items() if k != "rows"})
-        rows = ",\n  ".join(json.dumps(row) for row in net["rows"])
-        nets.append(f'{head[:-1]}, "rows": [\n  {rows}]}}')
-    return text + ',\n "mutations": [\n ' + ",\n ".join(nets) + "]}\n"
 
 
 def covered(net: dict[str, Any], seen: float) -> list[list[Any]]:
@@ -31,11 +25,9 @@ def write_table(result: dict[str, Any], path: Path) -> None:
     lines = [
         "# Planted faults, and what catches them",
         "",
-        "Made by `python benchmarks/evidence/mutations.py` from the rows in `docs/data/mutations.json`; false alarms are "
-        "counted in [zoo.md](zoo.md). "
-        + ", ".join(
-            f"{k} {result[k]}" for k in ("python", "torch", "torchvision", "onnx", "onnxruntime") if k in result
-        )
+        "Made by `python docs/make/mutations_table.py` from the rows in `docs/data/mutations.json`, which "
+        "`python benchmarks/evidence/mutations.py` leaves; false alarms are counted in [zoo.md](zoo.md). "
+        + ", ".join(f"{k} {result[k]}" for k in _VERSIONS if k in result)
         + f"; {result.get('machine', '')}; seed {result.get('seed')}.",
         "",
         "Every fault is planted alone in the exported ONNX file of a net that was converted, made lively and folded "
@@ -119,3 +111,15 @@ def _line(kind: str, rows: list[list[Any]]) -> str:
     counts = Counter(check for row in rows for check in row[3])
     cells = [kind, str(len(rows)), *(str(counts[check] or "") for check in _CHECKS), str(sum(bool(r[3]) for r in rows))]
     return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=DOCS / "data/mutations.json")
+    parser.add_argument("--table", type=Path, default=DOCS / "mutations.md")
+    options = parser.parse_args()
+    write_table(json.loads(options.json.read_text()), options.table)
+
+
+if __name__ == "__main__":
+    main()

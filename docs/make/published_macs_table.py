@@ -1,17 +1,25 @@
-"""docs/published_macs.md from the results of published_macs.py."""
+"""docs/published_macs.md from the results of benchmarks/evidence/published_macs.py.
+
+python docs/make/published_macs_table.py
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from itertools import product
+from pathlib import Path
 from typing import Any
+
+DOCS = Path(__file__).resolve().parents[1]
 
 GIGA = 10**9
 
 HEAD = """\
 # MACs against torchvision's published figures
 
-Made by `python benchmarks/evidence/published_macs.py --table` from `docs/data/published_macs.json`; do not edit.
+Made by `python docs/make/published_macs_table.py` from `docs/data/published_macs.json`, which
+`benchmarks/evidence/published_macs.py` leaves; do not edit.
 
 For every weights entry of torchvision that publishes a figure (`meta["_ops"]`, giga-MACs, three decimals): the
 architecture those weights belong to, exported to ONNX at the weights' own crop size (video: 16 frames; detectors and
@@ -97,3 +105,8 @@ def _counts(heads: Mapping[str, int], fits: Any) -> tuple[int, int] | None:
 def _said(counts: tuple[int, int]) -> str:
     proposals, detections = counts
     return f"{proposals} proposals" + (f", {detections} detections" if detections else "")
+
+
+if __name__ == "__main__":
+    results = json.loads((DOCS / "data/published_macs.json").read_text())
+    (DOCS / "published_macs.md").write_text(rendered(results))

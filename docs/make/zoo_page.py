@@ -1,4 +1,7 @@
-"""docs/zoo.md from the JSON lines that benchmarks/evidence/zoo.py leaves."""
+"""docs/zoo.md from the JSON lines that benchmarks/evidence/zoo.py leaves.
+
+python docs/make/zoo_page.py
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+DOCS = Path(__file__).resolve().parents[1]
 Row = dict[str, Any]
 # What no conversion could be meant for: the kernel is no Parameter of a plain convolution.
 NOT_ELIGIBLE = ("transposed", "blur filter", "input-dependent", "computed", "already parametrised", "lazy", "quantised")
@@ -23,7 +27,8 @@ def write_page(data: Path, target: Path) -> None:
         "# The zoo",
         "",
         "Models of torchvision and timm, by their names, converted, folded, exported and proven, with random weights",
-        "made lively. Made by `python benchmarks/evidence/zoo.py` (its help names the steps) from the rows in `docs/data/zoo/`.",
+        "made lively. Made by `python docs/make/zoo_page.py` from the rows in `docs/data/zoo/`, which",
+        "`python benchmarks/evidence/zoo.py` leaves (its help names the steps).",
         "A convolution counts as *swapped* where it got a D, as *no D* where its kernel is 1x1, else as *kept* with",
         "the reason. `worst` is the largest error of an output in units of its bound, `reach` the least movement of an",
         "output by a change of 1e-3 in a kernel, in bounds (seen above 1.75).",
@@ -173,3 +178,7 @@ def _head(*titles: str) -> list[str]:
 
 def _line(cells: Sequence[object]) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
+
+
+if __name__ == "__main__":
+    write_page(DOCS / "data/zoo", DOCS / "zoo.md")

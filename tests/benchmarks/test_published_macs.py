@@ -12,7 +12,6 @@ RESULTS = json.loads((ROOT / "docs" / "data" / "published_macs.json").read_text(
 
 
 def script(folder: str, name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks/evidence"))
     spec = importlib.util.spec_from_file_location(name, ROOT / folder / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
