@@ -11,9 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
 from doconv_convert.artifacts.sources.factories import load_module
 from doconv_convert.artifacts.sources.programs import example_shape, placeholders
 from doconv_convert.artifacts.sources.samples import varied
@@ -70,6 +67,8 @@ class Inputs:
         if self.own is None:
             specs = [*self.specs] * batch if self.image_list else self.specs
             return example_inputs(specs, batch, seed=0)
+        import torch
+
         filled = [torch.from_numpy(varied(t.numpy(), batch)) for t in self.own]
         return tuple(filled[0]) if self.image_list else tuple(filled)
 
@@ -81,6 +80,8 @@ class Inputs:
         ]
         if self.own is None:
             return replace(self, specs=specs)
+        import torch
+
         own = []
         for tensor, axes, spec in zip(self.own, sizes, self.specs, strict=True):
             for axis, size in axes.items():
