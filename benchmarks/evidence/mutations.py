@@ -34,7 +34,8 @@ from doconv_convert.artifacts.sources.inputs import Inputs, InputSpec
 from doconv_convert.artifacts.sources.source import Source, build, parse_source
 from doconv_convert.check.outputs.compare import SEEN
 from doconv_convert.check.outputs.expected import TorchSide
-from doconv_convert.check.proof import Status, prove
+from doconv_convert.check.proof import prove
+from doconv_convert.check.status import Status
 from doconv_convert.check.torch_runs.reference_run import torch_side
 from doconv_convert.errors import DoconvError
 from doconv_convert.nn.layers import fold_kernel

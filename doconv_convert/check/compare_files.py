@@ -10,7 +10,8 @@ import numpy as np
 from doconv_convert.artifacts.sources.samples import shaken
 from doconv_convert.check.outputs.compare import ONNX_BOUND, Array, relative_error
 from doconv_convert.check.outputs.session import run_onnx
-from doconv_convert.check.proof import Proof, Status, check_graph, check_macs, check_weights
+from doconv_convert.check.proof import check_graph, check_macs, check_weights
+from doconv_convert.check.status import Proof, Status
 from doconv_convert.errors import DoconvError
 
 

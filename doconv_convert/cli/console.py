@@ -26,7 +26,7 @@ from doconv_convert.errors import CheckFailedError, DoconvError, UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from doconv_convert.check.proof import Proof, Status
+    from doconv_convert.check.status import Proof, Status
     from doconv_convert.cli.github import GithubReport
 
 EXIT_ERROR, EXIT_USAGE, EXIT_CHECK_FAILED, EXIT_INTERRUPTED = 1, 2, 3, 130

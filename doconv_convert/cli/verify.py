@@ -12,7 +12,7 @@ from doconv_convert.cli.console import Output, check_failed, output
 from doconv_convert.errors import UsageError
 
 if TYPE_CHECKING:
-    from doconv_convert.check.proof import Proof
+    from doconv_convert.check.status import Proof
 
 _STEPS = {"loading": 0.2, "folding": 0.03, "exporting the original": 0.57, "running both": 0.2}
 

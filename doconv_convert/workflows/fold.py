@@ -19,7 +19,8 @@ from doconv_convert.artifacts.export.exporter import ExportReport
 from doconv_convert.artifacts.export.onnx_file import install_model
 from doconv_convert.artifacts.sources.inputs import Inputs
 from doconv_convert.check.certificate.certificate import Origin, certificate_path, remove_certificate, write_certificate
-from doconv_convert.check.proof import Proof, Status, prove
+from doconv_convert.check.proof import prove
+from doconv_convert.check.status import Proof, Status
 from doconv_convert.check.torch_runs.exact_start import run_in_eval
 from doconv_convert.check.torch_runs.memory import is_large
 from doconv_convert.errors import DoconvError

@@ -13,7 +13,8 @@ from doconv_convert.check.compare_files import compare_files
 from doconv_convert.check.macs.counting import MacCount, count_macs
 from doconv_convert.check.onnx_files.model import onnx_input_shapes, onnx_inputs
 from doconv_convert.check.outputs.compare import Array
-from doconv_convert.check.proof import Proof, Status, prove
+from doconv_convert.check.proof import prove
+from doconv_convert.check.status import Proof, Status
 from doconv_convert.errors import DoconvError, UsageError
 
 if TYPE_CHECKING:

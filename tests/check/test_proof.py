@@ -18,8 +18,11 @@ from torch import Tensor, nn
 from doconv_convert import UsageError, fold, verify
 from doconv_convert.artifacts.export.exporter import export_onnx
 from doconv_convert.check.compare_files import compare_files
+from doconv_convert.check.coverage import check_coverage
+from doconv_convert.check.outputs.check import check_outputs
 from doconv_convert.check.outputs.expected import TorchSide
-from doconv_convert.check.proof import Proof, Status, check_coverage, check_outputs, prove
+from doconv_convert.check.proof import prove
+from doconv_convert.check.status import Proof, Status
 from doconv_convert.check.torch_runs.reference_run import torch_side
 from doconv_convert.errors import DoconvError
 from doconv_convert.nn.composition import compose_kernel

@@ -19,7 +19,7 @@ from doconv_convert import fold, to_doconv
 from doconv_convert.artifacts.export import onnx_file
 from doconv_convert.artifacts.models import Opened, find_inputs
 from doconv_convert.artifacts.sources.source import parse_source
-from doconv_convert.check import proof
+from doconv_convert.check import status
 from doconv_convert.check.torch_runs.reference_run import torch_side
 from doconv_convert.workflows import exports
 from doconv_convert.workflows import fold as fold_workflow
@@ -169,8 +169,8 @@ def test_a_failed_check_writes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     out.mkdir()
     (out / "m.onnx").write_bytes(b"old")
     (out / "plain.safetensors").write_bytes(b"old")
-    found = proof.Status("graph", state, "the graph was looked at", ("one difference",))  # type: ignore[arg-type]
-    monkeypatch.setattr(fold_workflow, "prove", lambda candidate, *_: proof.Proof(str(candidate), [found]))
+    found = status.Status("graph", state, "the graph was looked at", ("one difference",))  # type: ignore[arg-type]
+    monkeypatch.setattr(fold_workflow, "prove", lambda candidate, *_: status.Proof(str(candidate), [found]))
     result = run_cli("fold", path, *options, "--onnx", out / "m.onnx", "-o", out / "plain.safetensors")
     assert result.exit_code == (0 if state == "passed" else 3)
     assert f"proven: {str(state == 'passed').lower()}" in result.stdout

@@ -20,7 +20,8 @@ from doconv_convert.check.certificate.side_file import describe_inputs, describe
 from doconv_convert.check.macs.counting import MacCount
 from doconv_convert.check.onnx_files.model import external_files, onnx_input_shapes
 from doconv_convert.check.outputs.expected import TorchSide
-from doconv_convert.check.proof import Proof, dynamic_sizes, without_nan
+from doconv_convert.check.proof import dynamic_sizes
+from doconv_convert.check.status import Proof, without_nan
 from doconv_convert.errors import CheckFailedError, DoconvError
 from doconv_convert.files import atomic_write, content_hash
 from doconv_convert.versions import __version__, library_versions

@@ -6,7 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from doconv_convert.check.outputs.compare import Array
-from doconv_convert.check.proof import FoldRun
+
+
+@dataclass(frozen=True)
+class FoldRun:
+    """The trained network against its fold, both in float64: the largest relative `error` of an output; how the network
+    differs from itself, where it does (`random`); what the fold changed (`findings`)."""
+
+    error: float = 0.0
+    random: str | None = None
+    findings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from doconv_convert.artifacts.checkpoints.recipe import recipe_sites
 from doconv_convert.artifacts.sources.inputs import Inputs, InputSpec, forward_names
 from doconv_convert.check.outputs.compare import SEEN, bound_for, relative_error
 from doconv_convert.check.outputs.detections import detection_groups, in_order_of
-from doconv_convert.check.outputs.expected import TorchSide
-from doconv_convert.check.proof import FoldRun
+from doconv_convert.check.outputs.expected import FoldRun, TorchSide
 from doconv_convert.check.torch_runs.coverage import (
     kernels_read,
     least_perturbation,

@@ -18,7 +18,7 @@ from doconv_convert.artifacts.models import Opened, find_inputs
 from doconv_convert.artifacts.sources.inputs import Inputs
 from doconv_convert.artifacts.sources.source import Source, build, parse_source
 from doconv_convert.check.outputs.compare import SEEN
-from doconv_convert.check.proof import Proof
+from doconv_convert.check.status import Proof
 from doconv_convert.check.torch_runs.exact_start import require_same_output
 from doconv_convert.check.torch_runs.float64 import output_tensors
 from doconv_convert.check.torch_runs.memory import give_up

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from doconv_convert.check.proof import Proof
+from doconv_convert.check.status import Proof
 from doconv_convert.errors import DoconvError
 from doconv_convert.rewrite.layer_stats import Layer
 

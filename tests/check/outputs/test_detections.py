@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from doconv_convert.artifacts.export.exporter import export_onnx
+from doconv_convert.check.outputs.check import check_outputs
 from doconv_convert.check.outputs.compare import Array
 from doconv_convert.check.outputs.detections import detection_groups, in_order_of
 from doconv_convert.check.outputs.expected import TorchSide
-from doconv_convert.check.proof import check_outputs
 from doconv_convert.check.torch_runs.reference_run import torch_side
 
 COUNT = 6

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from doconv_convert.artifacts.export.exporter import export_onnx
 from doconv_convert.check import proof
 from doconv_convert.check.outputs import reruns
+from doconv_convert.check.outputs.check import check_outputs
 from doconv_convert.check.outputs.compare import FLOOR, ONNX_BOUND, Array, relative_error
 from doconv_convert.check.outputs.expected import TorchSide
 from doconv_convert.check.outputs.float64_copy import LOOSE, in_float64
 from doconv_convert.check.outputs.session import OnnxSession
-from doconv_convert.check.proof import Status, check_outputs
+from doconv_convert.check.status import Status
 from doconv_convert.check.torch_runs.reference_run import torch_side
 
 IMAGES = torch.randn(3, 3, 12, 12, generator=torch.Generator().manual_seed(0))

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from doconv_convert.artifacts.export.exporter import export_onnx
 from doconv_convert.check.outputs import reruns
+from doconv_convert.check.outputs.check import check_outputs
 from doconv_convert.check.outputs.expected import TorchSide
 from doconv_convert.check.outputs.session import OnnxSession
-from doconv_convert.check.proof import Status, check_outputs
+from doconv_convert.check.status import Status
 from doconv_convert.check.torch_runs.reference_run import torch_side
 from doconv_convert.errors import DoconvError
 

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from doconv_convert import fold
 from doconv_convert.artifacts.export.exporter import export_onnx
+from doconv_convert.check.coverage import check_coverage
 from doconv_convert.check.outputs.compare import SEEN
-from doconv_convert.check.proof import Status, check_coverage, prove
+from doconv_convert.check.proof import prove
+from doconv_convert.check.status import Status
 from doconv_convert.check.torch_runs.coverage import RELATIVE_CHANGE, least_perturbation, perturbation, sensitivity
 from doconv_convert.check.torch_runs.reference_run import torch_side
 

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from doconv_convert import fold, to_doconv
+from doconv_convert.check.coverage import with_branches
+from doconv_convert.check.outputs.check import check_outputs
 from doconv_convert.check.outputs.compare import CEILING, bound_for
-from doconv_convert.check.outputs.expected import TorchSide
-from doconv_convert.check.proof import FoldRun, Status, check_outputs, with_branches, with_function
+from doconv_convert.check.outputs.expected import FoldRun, TorchSide
+from doconv_convert.check.proof import with_function
+from doconv_convert.check.status import Status
 from doconv_convert.check.torch_runs.reference_run import torch_side
 from doconv_convert.check.torch_runs.same_function import FUNCTION_TOLERANCE, run_in_float64
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from doconv_convert import DoconvError, UsageError, fold, to_doconv
 from doconv_convert.artifacts.sources.source import build, parse_source
 from doconv_convert.artifacts.sources.zoos import expand
-from doconv_convert.check.proof import Proof
+from doconv_convert.check.status import Proof
 from doconv_convert.cli.app import app
 from doconv_convert.nn.layers import fold_kernel
 from doconv_convert.rewrite import fold_kernels
