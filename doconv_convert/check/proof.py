@@ -11,7 +11,7 @@ from doconv_convert.check.macs.counting import MacCount, compare_counts, count_m
 from doconv_convert.check.onnx_files.graph_diff import GraphComparison, compare_graphs
 from doconv_convert.check.onnx_files.leftovers import leftover_composition
 from doconv_convert.check.onnx_files.model import onnx_input_shapes
-from doconv_convert.check.outputs.check import check_outputs, check_resized
+from doconv_convert.check.onnxruntime_run import check_outputs, check_resized
 from doconv_convert.check.outputs.compare import Array
 from doconv_convert.check.outputs.expected import FoldRun, TorchSide
 from doconv_convert.check.status import Proof, Status

@@ -19,7 +19,7 @@ from doconv_convert import UsageError, fold, verify
 from doconv_convert.artifacts.export.exporter import export_onnx
 from doconv_convert.check.compare_files import compare_files
 from doconv_convert.check.coverage import check_coverage
-from doconv_convert.check.outputs.check import check_outputs
+from doconv_convert.check.onnxruntime_run import check_outputs
 from doconv_convert.check.outputs.expected import TorchSide
 from doconv_convert.check.proof import prove
 from doconv_convert.check.status import Proof, Status

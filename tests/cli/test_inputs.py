@@ -18,7 +18,7 @@ from doconv_convert import save, to_doconv
 from doconv_convert.artifacts.models import find_inputs, open_model
 from doconv_convert.artifacts.sources.inputs import Inputs, InputSpec
 from doconv_convert.artifacts.sources.source import build, parse_source
-from doconv_convert.check.outputs.check import check_resized
+from doconv_convert.check.onnxruntime_run import check_resized
 from doconv_convert.check.outputs.expected import TorchSide
 from doconv_convert.check.torch_runs.device import find_device, full_precision
 from doconv_convert.errors import DoconvError, UsageError

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from doconv_convert.artifacts.export.exporter import export_onnx
-from doconv_convert.check.outputs.check import check_outputs
+from doconv_convert.check.onnxruntime_run import check_outputs
 from doconv_convert.check.outputs.compare import Array
 from doconv_convert.check.outputs.detections import detection_groups, in_order_of
 from doconv_convert.check.outputs.expected import TorchSide

@@ -12,9 +12,9 @@ from support import inexact_session
 from torch import Tensor, nn
 
 from doconv_convert.artifacts.export.exporter import export_onnx
-from doconv_convert.check import proof
+from doconv_convert.check import onnxruntime_run
+from doconv_convert.check.onnxruntime_run import check_outputs
 from doconv_convert.check.outputs import reruns
-from doconv_convert.check.outputs.check import check_outputs
 from doconv_convert.check.outputs.compare import FLOOR, ONNX_BOUND, Array, relative_error
 from doconv_convert.check.outputs.expected import TorchSide
 from doconv_convert.check.outputs.float64_copy import LOOSE, in_float64
@@ -113,7 +113,7 @@ def test_weights_in_another_file_are_found(
 
 
 def inexact(monkeypatch: pytest.MonkeyPatch, *error: Any) -> None:
-    for module in (proof, reruns):
+    for module in (onnxruntime_run, reruns):
         monkeypatch.setattr(module, "OnnxSession", inexact_session(*error))
 
 

@@ -15,8 +15,8 @@ from support import wrong_where
 from torch import Tensor, nn
 
 from doconv_convert.artifacts.export.exporter import export_onnx
+from doconv_convert.check.onnxruntime_run import check_outputs
 from doconv_convert.check.outputs import reruns
-from doconv_convert.check.outputs.check import check_outputs
 from doconv_convert.check.outputs.expected import TorchSide
 from doconv_convert.check.outputs.session import OnnxSession
 from doconv_convert.check.status import Status

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from doconv_convert import fold, to_doconv
 from doconv_convert.check.coverage import with_branches
-from doconv_convert.check.outputs.check import check_outputs
+from doconv_convert.check.onnxruntime_run import check_outputs
 from doconv_convert.check.outputs.compare import CEILING, bound_for
 from doconv_convert.check.outputs.expected import FoldRun, TorchSide
 from doconv_convert.check.proof import with_function
