@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from doconv_convert.cli.console import Format, Output
 from doconv_convert.cli.github import GithubReport
 from doconv_convert.errors import UsageError
+
+if TYPE_CHECKING:
+    from doconv_convert.artifacts.checkpoints.unwrap import Selection
+    from doconv_convert.artifacts.export.job import Flags
+    from doconv_convert.rewrite.options import Options as SiteOptions
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
 As = Annotated[
@@ -70,6 +75,26 @@ MinCoverage = Annotated[
 Device = Annotated[
     str, typer.Option("--device", metavar="cpu|cuda", help="Where the checks run in torch; exports run on the CPU.")
 ]
+
+
+def site_options(include: Sequence[str] | None, exclude: Sequence[str] | None, **others: Any) -> SiteOptions:
+    from doconv_convert.rewrite.options import Options
+
+    return Options(include=include or ("*",), exclude=exclude or (), **others)
+
+
+def selection(ema: bool, prefix: str) -> Selection:
+    from doconv_convert.artifacts.checkpoints.unwrap import Selection
+
+    return Selection(ema, prefix)
+
+
+def flags(
+    opset: int | None, input_names: str | None, output_names: str | None, dynamic: list[str] | None, static: bool
+) -> Flags:
+    from doconv_convert.artifacts.export.job import Flags
+
+    return Flags(opset, parse_names(input_names), parse_names(output_names), not static, parse_dynamic(dynamic))
 
 
 def chosen_format(form: Format | None, as_json: bool, file: object) -> tuple[bool, GithubReport | None]:

@@ -10,7 +10,9 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from doconv_convert.errors import UsageError
-from doconv_convert.nn.composition import kind_of, require_composition, resolve_d_mul
+from doconv_convert.nn.arguments import resolve_d_mul
+from doconv_convert.nn.composition import kind_of
+from doconv_convert.rewrite.options import Options
 
 
 class Reason(enum.Enum):
@@ -122,26 +124,6 @@ class Site:
 
     def keep(self, reason: Reason) -> None:
         self.action, self.reason, self.d_mul = Action.KEEP, reason, None
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the user chose. Globs match a site's names; --exclude wins over --include."""
-
-    d_mul: int | str = "K"
-    include: Sequence[str] = ("*",)
-    exclude: Sequence[str] = ()
-    pointwise: bool = False
-    max_d_params: int = 16_000_000
-    seed: int = 0
-    composition: str = "kernel"
-
-    def __post_init__(self) -> None:
-        resolve_d_mul(self.d_mul, 1)
-        require_composition(self.composition)
-        for option in ("include", "exclude"):
-            if isinstance(getattr(self, option), str):
-                raise UsageError(f"{option}: got the text '{getattr(self, option)}', expected a sequence of globs.")
 
 
 def matches(site: Site, globs: Sequence[str]) -> bool:

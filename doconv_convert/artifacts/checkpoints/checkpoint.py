@@ -29,7 +29,7 @@ from doconv_convert.files import atomic_write
 from doconv_convert.nn.composition import memory_format
 from doconv_convert.nn.factors import refuse_shards
 from doconv_convert.rewrite.foreign.authors import folded_authors_kernel, install_authors
-from doconv_convert.rewrite.sites import Options
+from doconv_convert.rewrite.options import Options
 
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 # Absent from files older than torch 0.4.1; torch itself fills it in, in strict loads too.

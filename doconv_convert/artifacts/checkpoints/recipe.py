@@ -16,8 +16,9 @@ from doconv_convert.nn.overlay import stored_kernels
 from doconv_convert.rewrite.discover import discover
 from doconv_convert.rewrite.fx_graph import composition_nodes
 from doconv_convert.rewrite.install import install, refuse_name_clashes
+from doconv_convert.rewrite.options import Options
 from doconv_convert.rewrite.passes import ToDOConvPass
-from doconv_convert.rewrite.sites import Action, Options, Owner, Site, decide, site_name
+from doconv_convert.rewrite.sites import Action, Owner, Site, decide, site_name
 from doconv_convert.versions import __version__
 
 METADATA_KEY = "doconv_convert"

@@ -27,8 +27,9 @@ from doconv_convert.rewrite.foreign.authors import (
     folded_site,
     pairing_is_ours,
 )
+from doconv_convert.rewrite.options import Options
 from doconv_convert.rewrite.plan import Plan, as_plan
-from doconv_convert.rewrite.sites import Action, Options, Site, decide
+from doconv_convert.rewrite.sites import Action, Site, decide
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from doconv_convert.artifacts.checkpoints.reading import read_checkpoint, requir
 from doconv_convert.artifacts.sources.source import build, parse_source
 from doconv_convert.errors import DoconvError
 from doconv_convert.nn.overlay import is_overlaid
-from doconv_convert.rewrite.sites import Options
+from doconv_convert.rewrite.options import Options
 
 
 def assert_same(got: nn.Module, expected: nn.Module) -> None:

@@ -17,7 +17,7 @@ from doconv_convert.artifacts.checkpoints.recipe import (
 )
 from doconv_convert.artifacts.sources.source import Source
 from doconv_convert.errors import DoconvError, UsageError
-from doconv_convert.rewrite.sites import Options
+from doconv_convert.rewrite.options import Options
 
 
 def test_a_recipe_reads_back_as_it_was_written() -> None:

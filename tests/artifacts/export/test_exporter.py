@@ -16,8 +16,9 @@ from support import require_ended
 from torch import Tensor, nn
 
 from doconv_convert.artifacts.export import onnx_file
-from doconv_convert.artifacts.export.child_process import ExportJob, export_in_child, waiting_children
+from doconv_convert.artifacts.export.child_process import export_in_child, waiting_children
 from doconv_convert.artifacts.export.exporter import ExportReport, export_onnx
+from doconv_convert.artifacts.export.job import ExportJob, Flags
 from doconv_convert.artifacts.sources.source import Source, build
 from doconv_convert.errors import DoconvError, UsageError
 
@@ -91,7 +92,8 @@ def job(folder: Path, source: Source, example: tuple[Tensor, ...], **options: ob
     save_file(state, folder / "state.safetensors")
     np.savez(folder / "inputs.npz", **{f"input_{i}": tensor.numpy() for i, tensor in enumerate(example)})
     paths = {"state_file": folder / "state.safetensors", "inputs_file": folder / "inputs.npz"}
-    return ExportJob(**{"source": source, **paths, "path": folder / "child.onnx", **options})
+    flags = Flags(**{key: options.pop(key) for key in vars(Flags()) if key in options})  # type: ignore[arg-type]
+    return ExportJob(**{"source": source, **paths, "path": folder / "child.onnx", "flags": flags, **options})
 
 
 def test_the_same_model_gives_the_same_bytes_without_traces_and_is_not_changed(
