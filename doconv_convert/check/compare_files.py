@@ -49,7 +49,7 @@ def _same_outputs(
     if problems or not rows:
         return Status("outputs", "failed", f"{len(problems)} of {len(rows)} outputs", tuple(problems))
     if not any(_moves(value, other) for _, value, other, _ in rows):
-        detail = "no output depends on the inputs, which shows nothing; pass --input with real samples"
+        detail = "no output depends on the inputs, which shows nothing; pass `input_file` with real samples"
         return Status("outputs", "failed", detail)
     worst = max(relative_error(array, value) for _, value, _, array in rows)
     return Status("outputs", "passed", f"{len(rows)} outputs differ by {worst:.1e} of their scale at most")
@@ -59,7 +59,7 @@ def _difference(value: Array, other: Array, got: Array) -> str | None:
     if value.shape != got.shape or value.dtype != got.dtype:
         return f"is {got.dtype} {got.shape}, expected {value.dtype} {value.shape}"
     if not value.size:
-        return "is empty, nothing was compared; pass --input with a real sample"
+        return "is empty, nothing was compared; pass `input_file` with a real sample"
     if not np.issubdtype(value.dtype, np.floating):
         count = np.count_nonzero(got != value)
         return f"differs in {count} of {value.size} values" if count else None
@@ -67,7 +67,7 @@ def _difference(value: Array, other: Array, got: Array) -> str | None:
     if not error <= ONNX_BOUND:
         return f"differs by {error:.1e} of its scale, allowed {ONNX_BOUND:.1e}"
     if not _moves(value, other):
-        return "is the same for other inputs, which shows nothing; pass --input with real samples"
+        return "is the same for other inputs, which shows nothing; pass `input_file` with real samples"
     return None
 
 

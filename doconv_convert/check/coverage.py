@@ -28,14 +28,14 @@ def check_coverage(side: TorchSide, graph_state: State, fold_state: State, minim
         *(f"'{name}' only runs in training" for name in training),
     )
     if runs and seen < minimum * len(runs):
-        detail += f", {seen / len(runs):.0%} of those that run; --min-coverage asks for {minimum:.0%}"
-        return Status("coverage", "failed", f"{detail}; pass --input with real samples", findings)
+        detail += f", {seen / len(runs):.0%} of those that run; `min_coverage` asks for {minimum:.0%}"
+        return Status("coverage", "failed", f"{detail}; pass `input_file` with real samples", findings)
     if not findings:
         return Status("coverage", "passed", detail)
     if graph_state == "passed" and fold_state == "passed":
         detail += f"; {len(findings)} others by the per-site fold check and equal initializer bytes"
         return Status("coverage", "passed", detail, findings)
-    return Status("coverage", "failed", f"{detail}; pass --input with real samples", findings)
+    return Status("coverage", "failed", f"{detail}; pass `input_file` with real samples", findings)
 
 
 def with_branches(side: TorchSide, candidate: Path) -> TorchSide:

@@ -68,7 +68,7 @@ def _compare(session: OnnxSession, side: TorchSide, floor: float) -> tuple[Statu
     if bad:
         return Status("outputs", "failed", f"{len(bad)} of {len(checks)} outputs", bad), checks
     if not any(check.variation > check.bound for check in checks):
-        detail = "no output differs between the samples, which shows nothing; pass --input with real samples"
+        detail = "no output differs between the samples, which shows nothing; pass `input_file` with real samples"
         return Status("outputs", "failed", detail), checks
     problems, runs = other_runs(session, side, checks, floor)
     if problems:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
+from doconv_convert.cli.option_names import with_options
 from doconv_convert.errors import CheckFailedError, DoconvError, UsageError
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class Output:
 
     def say(self, text: str, indent: int = 0) -> None:
         """One paragraph; a terminal gets it broken between words, `indent` columns in from its second line on."""
+        text = with_options(text)
         if self.github is not None:
             self.github.text(text)
         if self.quiet:
@@ -97,10 +99,11 @@ class Output:
 
     def annotate(self, text: str) -> None:
         if self.github is not None:
-            typer.echo(self.github.error(text))
+            typer.echo(self.github.error(with_options(text)))
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[int] = ()) -> None:
         """Rows under a head; the columns `right` hold numbers. On a terminal a state has its colour."""
+        rows = with_options(rows)
         if self.github is not None:
             self.github.table(head, rows, right)
         if self.quiet:
@@ -134,9 +137,10 @@ class Output:
         """Say what is wrong on stderr, and in the document; with --debug raise it."""
         if debug:
             raise error
-        self.document = {"error": message or str(error), "exit_code": code}
-        self.annotate(message or str(error))
-        text = f"error: {message or error}"
+        message = with_options(message or str(error))
+        self.document = {"error": message, "exit_code": code}
+        self.annotate(message)
+        text = f"error: {message}"
         typer.echo(_paragraph(text) if sys.stderr.isatty() else text, err=True)
         raise typer.Exit(code) from error
 
@@ -226,7 +230,7 @@ def output(
         if github is not None:
             github.publish()
         if as_json and out.document:
-            sys.stdout.write(json.dumps(out.document, indent=2, default=str) + "\n")
+            sys.stdout.write(json.dumps(with_options(out.document), indent=2, default=str) + "\n")
 
 
 def check_failed() -> NoReturn:

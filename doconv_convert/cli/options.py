@@ -11,6 +11,7 @@ import typer
 
 from doconv_convert.cli.console import Format, Output
 from doconv_convert.cli.github import GithubReport
+from doconv_convert.cli.option_names import with_options
 from doconv_convert.errors import UsageError
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def write_report(report: Path | None, command: str, shown: Output) -> None:
     if report is not None:
         from doconv_convert.cli.report.render import write_report
 
-        write_report(report, command, shown.document)
+        write_report(report, command, with_options(shown.document))
         shown.say(f"report: {report}")
 
 

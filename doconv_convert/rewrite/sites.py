@@ -163,4 +163,4 @@ def decide(sites: Sequence[Site], options: Options) -> None:
             f"({'x'.join(map(str, site.shape[2:]))} kernel), got {site.d_mul}"
             for site in too_small
         )
-        raise UsageError(f"{listed}. Use --d-mul K or more, or exclude these layers.")
+        raise UsageError(f"{listed}. Use `d_mul` K or more, or exclude these layers.")

@@ -78,7 +78,7 @@ def convert_source(request: ConvertRequest, *, progress: Callable[[str], None] =
     if example is not None:
         run_in_eval(opened.model, example)  # wrong inputs are refused here, in words
     elif request.out is not None:
-        raise UsageError(f"'{request.source}': its input is not known; give it with --input-shape 1,3,224,224.")
+        raise UsageError(f"'{request.source}': its input is not known; give it with `input_shapes` 1,3,224,224.")
     foreign = None
     if any(authors_sites(opened.model)):
         foreign = continue_foreign(opened.model, example, request.options, dry_run=request.out is None)

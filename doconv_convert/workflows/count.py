@@ -76,7 +76,7 @@ def count_models(request: CountRequest) -> CountResult:
     for name in request.dims:
         if not any(name in names for names in known.values()):
             have = sorted({one for names in known.values() for one in names}) or "none"
-            raise UsageError(f"--dim: no dynamic dimension is named '{name}', the files have {have}.")
+            raise UsageError(f"`dims`: no dynamic dimension is named '{name}', the files have {have}.")
     counts = [_count(model, known.get(model), request) for model in models]
     differences = compare_counts(counts[1], counts[0]) if request.against is not None else ()
     return CountResult(request, counts[0], tuple(differences))
@@ -101,7 +101,7 @@ def count_source(
     opened = open_model(text, None, model_args, 0)
     inputs = find_inputs(opened, input_shapes, None)
     if inputs is None:
-        raise UsageError(f"'{text}': its input is not known; give it with --input-shape 1,3,224,224.")
+        raise UsageError(f"'{text}': its input is not known; give it with `input_shapes` 1,3,224,224.")
     if not is_checkpoint(text):
         use_every_parameter(opened.model, inputs)
     report = fold_in_place(opened.model, check_first=False)

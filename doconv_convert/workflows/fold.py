@@ -55,14 +55,16 @@ def fold_checkpoint(
         if by_keys is not None:
             return FoldResult(by_keys.folded, by_keys.notes, (request.plain,))
     if request.kernels:
-        raise UsageError("--kernel is for foreign layers folded without a model; with --model the model tells.")
+        raise UsageError("`kernels` is for foreign layers folded without a model; with `model` the model tells.")
     source = None if request.model is None else parse_source(request.model, request.model_args)
     loaded = load_trained(request.checkpoint, source, request.options, request.selection, request.constant_kernels)
     inputs = None
     if request.onnx is not None:
         inputs = find_inputs(Opened(loaded.trained, loaded.source), request.input_shapes, request.input_file)
         if inputs is None:
-            raise UsageError(f"'{loaded.source.text}': its input is not known; give it with --input-shape 1,3,224,224.")
+            raise UsageError(
+                f"'{loaded.source.text}': its input is not known; give it with `input_shapes` 1,3,224,224."
+            )
     return fold_and_prove(
         loaded,
         inputs,

@@ -36,6 +36,6 @@ class FoldRequest:
 
     def __post_init__(self) -> None:
         if self.plain is None and self.onnx is None:
-            raise UsageError("fold: name what to write: -o plain.safetensors, --onnx out.onnx, or both.")
+            raise UsageError("fold: name what to write: `plain` plain.safetensors, `onnx` out.onnx, or both.")
         if self.plain == self.onnx:
-            raise UsageError(f"fold: -o and --onnx both name '{self.plain}', expected two files.")
+            raise UsageError(f"fold: `plain` and `onnx` both name '{self.plain}', expected two files.")

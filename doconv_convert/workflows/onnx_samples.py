@@ -23,17 +23,19 @@ def onnx_samples(model: Path, shapes: Sequence[str], file: Path | None) -> list[
     unnamed = len(specs) == len(inputs) and all(spec.name == "" for spec in specs)
     given = dict(zip(inputs, specs, strict=True)) if unnamed else {spec.name: spec for spec in specs}
     if unknown := given.keys() - inputs.keys():
-        raise UsageError(f"--input-shape: '{model}' has no input '{unknown.pop()}', it has {', '.join(inputs)}.")
+        raise UsageError(f"`input_shapes`: '{model}' has no input '{unknown.pop()}', it has {', '.join(inputs)}.")
     generator = np.random.default_rng(0)
     arrays: list[Array] = []
     for name, (dtype, dims) in inputs.items():
         if not np.issubdtype(dtype, np.floating):
-            raise UsageError(f"input '{name}' is {dtype}, no values can be made up for it; give samples with --input.")
+            raise UsageError(
+                f"input '{name}' is {dtype}, no values can be made up for it; give samples with `input_file`."
+            )
         if name in given:
             dims = list(given[name].shape)
         elif any(not isinstance(dim, int) for dim in dims[1:]):
             raise UsageError(
-                f"input '{name}' has dynamic sizes {dims}; give them with --input-shape {name}=1,3,224,224."
+                f"input '{name}' has dynamic sizes {dims}; give them with `input_shapes` {name}=1,3,224,224."
             )
         size = [dim if isinstance(dim, int) else 2 for dim in dims]
         arrays.append(generator.standard_normal(size).astype(dtype))

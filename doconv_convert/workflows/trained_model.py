@@ -65,4 +65,4 @@ def fold_loaded(loaded: Loaded, *, inplace: bool = False) -> FoldReport:
 
 
 def _no_source(path: Path) -> Source:
-    raise UsageError(f"'{path}' has no recipe that says what model it holds; name it with --model SOURCE.")
+    raise UsageError(f"'{path}' has no recipe that says what model it holds; name it with `model` SOURCE.")

@@ -96,7 +96,7 @@ def verify(
     samples = None if input_file is None else Path(input_file)
     if certificate is not None:
         if model is not None or weights is not None:
-            raise UsageError("verify: --model and --weights go with --against; a certificate names its own network.")
+            raise UsageError("verify: `model` and `weights` go with `against`; a certificate names its own network.")
         return verify_certificate(Path(candidate), Path(certificate), samples)
     reference = Reference(
         str(against),
@@ -141,7 +141,7 @@ def _against_torch(candidate: Path, reference: Reference, progress: Progress) ->
     opened, has_weights = _open(reference)
     inputs = find_inputs(opened, reference.input_shapes, reference.input_file)
     if inputs is None:
-        raise UsageError(f"'{reference.against}': its input is not known; give it with --input-shape 1,3,224,224.")
+        raise UsageError(f"'{reference.against}': its input is not known; give it with `input_shapes` 1,3,224,224.")
     if not has_weights:
         use_every_parameter(opened.model, inputs)
     progress("folding")
@@ -189,5 +189,5 @@ def _open(reference: Reference) -> tuple[Opened, bool]:
 def _without_weights(candidate: Path, baseline: Path, inputs: Sequence[Array]) -> Proof:
     status, count = check_macs(baseline, candidate, inputs)
     graph = check_graph(baseline, candidate, values=False)
-    outputs = Status("outputs", "not checked", "no weights were given (--weights; or --graph-only, if that is enough)")
+    outputs = Status("outputs", "not checked", "no weights were given (`weights`; or `graph_only`, if that is enough)")
     return Proof(str(candidate), [graph, status, outputs], count.total)

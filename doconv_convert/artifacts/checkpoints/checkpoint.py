@@ -161,12 +161,12 @@ def plain_tensors(units: Sequence[Unit], model: nn.Module, path: str) -> dict[st
             shape = None if plain is None else tuple(plain.shape)
             raise DoconvError(
                 f"'{path}': the DO-Conv layer '{unit.name}' has {unit.positions} kernel positions, the model's "
-                f"'weight' there {shape}; name the architecture it was trained with (--model, --model-args)."
+                f"'weight' there {shape}; name the architecture it was trained with (`model`, `model_args`)."
             )
         if unit.groups is not None and groups is not None and unit.groups != groups:
             raise DoconvError(
                 f"'{path}': the DO-Conv layer '{unit.name}' has {unit.groups} groups by its shapes, the model's "
-                f"{groups}; name the architecture it was trained with (--model, --model-args)."
+                f"{groups}; name the architecture it was trained with (`model`, `model_args`)."
             )
         # a kernel that was folded already has its own height and width: another order is another shape
         made |= folded_tensors(unit, plain.shape[2:] if unit.d is not None or unit.positions == 1 else unit.w.shape[2:])
@@ -252,7 +252,7 @@ def _require_fit(model: nn.Module, state: Mapping[str, Tensor], path: str, *, pl
         ]
         raise DoconvError(
             f"'{path}' does not fit {type(model).__name__}: {'; '.join(parts)}. Name the architecture it was "
-            "trained with (--model, --model-args)."
+            "trained with (`model`, `model_args`)."
         )
 
 

@@ -18,7 +18,7 @@ from doconv_convert.errors import DoconvError
 IDENTITIES = ("d_diag", "D_diag")
 ASSUMED = (
     "the authors' formula is assumed for them: keys cannot tell a class that also passes its kernel through a gate, or "
-    "sums D over all channels; with the class at hand, name it (--model FILE.py:FACTORY) and its own code is read"
+    "sums D over all channels; with the class at hand, name it (`model` FILE.py:FACTORY) and its own code is read"
 )
 
 

@@ -67,7 +67,7 @@ def read_checkpoint(path: str | Path, selection: Selection | None = None) -> Che
     else:
         state, recipe = _read_safetensors(name)
         if recipe is not None and (selection.prefix or selection.ema):
-            raise DoconvError(f"'{name}' is a file of ours, which is one whole model: leave out --prefix and --ema.")
+            raise DoconvError(f"'{name}' is a file of ours, which is one whole model: leave out `prefix` and `ema`.")
         state = state if recipe else _selected(state, unwrapper)
     if not state:
         raise DoconvError(f"'{name}' holds no tensors.")
@@ -200,12 +200,12 @@ def _read_pickle(path: Path, unwrapper: Unwrapper) -> dict[str, Tensor]:
     other = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if len(other) == len(state) > 1 and all(isinstance(value, Mapping) for value in state.values()):
         raise DoconvError(
-            f"'{path}' holds several dictionaries ({listed(list(state))}); take one of them: --prefix {other[0]}."
+            f"'{path}' holds several dictionaries ({listed(list(state))}); take one of them: `prefix` {other[0]}."
         )
     if other:
         kind = type(state[other[0]]).__name__
         raise DoconvError(
             f"'{path}': '{other[0][:80]}' is a {kind}, expected tensors only; save model.state_dict(), or take the "
-            "model's part with --prefix."
+            "model's part with `prefix`."
         )
     return state

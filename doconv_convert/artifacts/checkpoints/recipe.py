@@ -88,19 +88,19 @@ class Recipe:
         """
         if self.source is None:
             raise DoconvError(
-                f"'{path}' does not say what model it holds; name it with --model SOURCE (in Python: load(path, "
+                f"'{path}' does not say what model it holds; name it with `model` SOURCE (in Python: load(path, "
                 "model=...))."
             )
         if self.source.kind not in ("torchvision", "timm"):
             raise DoconvError(
-                f"'{path}' names '{self.source.text}'; its code is only run if you name it: --model "
+                f"'{path}' names '{self.source.text}'; its code is only run if you name it: `model` "
                 f"{self.source.text} (in Python: load(path, model=...))."
             )
         unknown = sorted(self.source.args.keys() - RECIPE_ARGS)
         if unknown:
             raise DoconvError(
-                f"'{path}' asks for the model argument '{unknown[0]}', which a recipe may not set; pass --model "
-                f"{self.source.text} --model-args JSON yourself."
+                f"'{path}' asks for the model argument '{unknown[0]}', which a recipe may not set; pass `model` "
+                f"{self.source.text} `model_args` JSON yourself."
             )
         try:
             return parse_source(self.source.text, self.source.args)
@@ -159,7 +159,7 @@ def apply_recipe(model: nn.Module, sites: Sequence[RecipeSite], state: Mapping[s
         if owner is None or parameter is None:
             raise DoconvError(
                 f"'{path}': the over-parameterized kernel '{site_name(one.owner, one.kernel)}' is not in "
-                f"{type(model).__name__}; name the architecture it was trained with (--model, --model-args)."
+                f"{type(model).__name__}; name the architecture it was trained with (`model`, `model_args`)."
             )
         _require_factors(one, parameter, state, path)
         if (one.owner, one.kernel, one.groups) in already:
@@ -182,7 +182,7 @@ def _require_factors(one: RecipeSite, parameter: Tensor, state: Mapping[str, Ten
     if parameter.dim() not in (3, 4, 5) or shape[0] % one.groups:
         raise DoconvError(
             f"'{path}': its recipe gives '{name}' {one.groups} groups, which a kernel of shape {tuple(shape)} cannot "
-            "have; it is damaged, or from another architecture (--model, --model-args)."
+            "have; it is damaged, or from another architecture (`model`, `model_args`)."
         )
     if one.d_mul is None:
         return
@@ -243,8 +243,8 @@ def sites_from_keys(
     ]
     if lost:
         names = ", ".join(f"'{site.name}'" for site in lost[:5]) + (", ..." if len(lost) > 5 else "")
-        exclude = " ".join(f"--exclude '{site.name}'" for site in lost)
-        include = " ".join(f"--include '{site_name(*key)}'" for key in found)
+        exclude = " ".join(f"`exclude` '{site.name}'" for site in lost)
+        include = " ".join(f"`include` '{site_name(*key)}'" for key in found)
         raise DoconvError(
             f"'{path}': {len(found)} kernels have a D, but {len(lost)} have none ({names}); the file may have lost "
             f"them. If they were left out of the conversion, say so: {min(exclude, include, key=len)}"

@@ -51,9 +51,9 @@ class Unwrapper:
             if wrapper is None:
                 raise DoconvError(
                     f"'{self.path}' holds the averaged weights '{average}' beside {listed(every)}; say that you want "
-                    "them: --ema"
+                    "them: `ema`"
                 )
-            self.notes.append(f"left the averaged weights '{average}' aside; --ema takes them")
+            self.notes.append(f"left the averaged weights '{average}' aside; `ema` takes them")
         if wrapper is not None:
             self.notes.append(f"took '{wrapper}' of {listed(every)}")
         return wrapper
@@ -62,7 +62,7 @@ class Unwrapper:
         """Raises DoconvError where an average was asked for and none was found."""
         if self._open and AVERAGED not in keys:
             raise DoconvError(
-                f"'{self.path}' holds no averaged weights (looked for {', '.join(AVERAGES)}); leave out --ema"
+                f"'{self.path}' holds no averaged weights (looked for {', '.join(AVERAGES)}); leave out `ema`"
             )
 
 

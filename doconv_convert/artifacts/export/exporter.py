@@ -234,7 +234,7 @@ def _dynamic_shapes(
 def _require(model: ir.Model, opset: int | None, asked: Mapping[str, Axes]) -> None:
     got = model.opset_imports.get("")
     if opset is not None and got != opset:
-        raise DoconvError(f"the exporter cannot write opset {opset}, got {got}: pass --opset {got}")
+        raise DoconvError(f"the exporter cannot write opset {opset}, got {got}: pass `opset` {got}")
     inputs = {value.name: value.shape for value in model.graph.inputs}
     for name, axes in asked.items():
         shape = inputs.get(name)

@@ -159,7 +159,7 @@ def _inputs(arrays: Mapping[str, Array], expected: Sequence[Mapping[str, Any]], 
     elif samples is not None:
         inputs = list(in_order(read_samples(samples), names, f"'{samples}'"))
     else:
-        raise UsageError("the inputs were too large for the side file; give them with --input FILE.npz.")
+        raise UsageError("the inputs were too large for the side file; give them with `input_file` FILE.npz.")
     for one, array in zip(expected, inputs, strict=True):
         if array_hash(array) != one["sha256"] or list(array.shape) != one["shape"]:
             raise DoconvError(f"input '{one['name']}' is not the one of the certificate: its SHA-256 differs.")

@@ -134,6 +134,6 @@ def _sizes(inputs: Sequence[onnx.ValueInfoProto], dims: Mapping[str, int]) -> tu
     for name, axis, value in names:
         if name not in sizes:
             raise DoconvError(
-                f"dimension {axis} of input '{value}' is dynamic: give its size, as in --dim '{name}=224'"
+                f"dimension {axis} of input '{value}' is dynamic: give its size, as in `dims` '{name}=224'"
             )
-    return sizes, [f"dimension '{name}' is 1; --dim '{name}=N' for another size" for name in batches]
+    return sizes, [f"dimension '{name}' is 1; `dims` '{name}=N' for another size" for name in batches]

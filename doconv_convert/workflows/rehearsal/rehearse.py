@@ -139,7 +139,7 @@ def _until_the_fold(rehearsal: Rehearsal, draw: _Draw) -> _Ready:
             source = rehearsal_source(source)
             model = in_eval(build(source, seed=seed))
         if inputs is None:
-            raise UsageError(f"'{text}': its input is not known; give it with --input-shape 1,3,224,224.")
+            raise UsageError(f"'{text}': its input is not known; give it with `input_shapes` 1,3,224,224.")
         if source.kind not in ("torchvision", "timm"):
             model = copy_model(model)  # a factory may hand out the same model every time
     samples = inputs.fixed_batch or 1

@@ -191,7 +191,7 @@ REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
     "NaN": ({"a.W": W * float("nan"), "a.D": D, "a.d_diag": D}, "NaN or infinite values in 'a.W'"),
     "no square": (
         {"a.W": W[..., :7], "a.D": D[:, :7, :7], "a.d_diag": D[:, :7, :7]},
-        "7 kernel pos.*--kernel 'a=1x7'",
+        "7 kernel pos.*`kernels` 'a=1x7'",
     ),
 }
 
