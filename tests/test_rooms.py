@@ -92,3 +92,12 @@ def test_torch_in_check_is_found(tmp_path: Path) -> None:
     done = run_python("-c", WITHOUT_TORCH, folder=tmp_path)
     assert done.returncode == 1
     assert "no torch here" in done.stderr
+
+
+def test_the_architecture_page_names_files_that_exist() -> None:
+    page = (ROOT / "docs/architecture.md").read_text()
+    inside = re.findall(r"`((?:nn|rewrite|artifacts|check|workflows|cli)/[\w/.]+\.py)`", page)
+    assert len(inside) > 30
+    assert [path for path in inside if not (ROOT / "doconv_convert" / path).is_file()] == []
+    beside = re.findall(r"`((?:tests|docs)/[\w/.]+)[` ]", page)
+    assert [path for path in beside if not (ROOT / path).exists()] == []
