@@ -20,6 +20,7 @@ from doconv_convert.rewrite.install import install, refuse_name_clashes
 from doconv_convert.rewrite.passes import ToDOConvPass
 from doconv_convert.rewrite.sites import Action, Options, Owner, Site, decide, site_name
 
+# docs/metadata.md is the format's page.
 METADATA_KEY = "doconv_convert"
 FORMAT_VERSION = 1
 # What a recipe may hand to a torchvision or timm builder: sizes and switches, nothing that names a file.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -11,6 +12,8 @@ from torch import nn
 
 from doconv_convert.errors import UsageError
 from doconv_convert.nn.composition import kind_of, require_composition, resolve_d_mul
+
+logger = logging.getLogger(__name__)
 
 
 class Reason(enum.Enum):
@@ -182,3 +185,6 @@ def decide(sites: Sequence[Site], options: Options) -> None:
             for site in too_small
         )
         raise UsageError(f"{listed}. Use --d-mul K or more, or exclude these layers.")
+    for site in sites:
+        if site.reason is not None:
+            logger.info("'%s' is kept: %s", site.name, site.reason.value)

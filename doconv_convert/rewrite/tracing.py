@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import random
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from doconv_convert.rewrite.graphs import has_unknown_groups
+
+logger = logging.getLogger(__name__)
 
 
 class SiteTracer(fx.Tracer):
@@ -69,6 +72,7 @@ def _enter(module: nn.Module, path: str, regions: Regions, visited: set[int]) ->
                 if isinstance(child, fx.GraphModule):
                     _enter(child, f"{path}.{name}".lstrip("."), regions, visited)
             return
+        logger.info("'%s' cannot be traced whole: its children are traced one by one", path or type(module).__name__)
         regions.untraced.append(path)
     for name, child in module.named_children():
         _enter(child, f"{path}.{name}".lstrip("."), regions, visited)
@@ -95,7 +99,9 @@ def trace(module: nn.Module, training: bool) -> fx.GraphModule | None:
             graph.lint()
             traced = fx.GraphModule(tracer.root, graph)
             return None if has_unknown_groups(traced) else traced
-        except Exception:  # a user's forward may raise anything on a proxy; the caller enters the children instead
+        except Exception as error:  # a user's forward may raise anything on a proxy; the caller enters the children
+            mode = "training" if training else "eval"
+            logger.debug("symbolic trace of %s in %s mode failed: %r", type(module).__name__, mode, error)
             return None
 
 
