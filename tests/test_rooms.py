@@ -1,5 +1,6 @@
 """The order of the rooms, as the imports tell it; and `check`, which needs no torch outside of `torch_runs`."""
 
+import re
 import runpy
 import shutil
 import subprocess

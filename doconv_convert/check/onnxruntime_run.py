@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from doconv_convert.check.outputs.session import OnnxSession
 from doconv_convert.check.status import Status
 from doconv_convert.errors import DoconvError
 
+logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
@@ -48,6 +50,7 @@ def retry_in_float64(compare: Callable[[bool, float], tuple[Status, _T]]) -> tup
     status, found = compare(False, FLOOR)
     if status.state == "passed" or compare(False, ONNX_BOUND)[0].state == "failed":
         return status, found
+    logger.info("outputs are off in float32 (%s): once more in float64", "; ".join(status.findings[:3]))
     precise, precise_found = compare(True, FLOOR)
     if precise.state == "failed":
         return status, found

@@ -7,6 +7,7 @@ while to import, is then not loaded.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ EXIT_ERROR, EXIT_USAGE, EXIT_CHECK_FAILED, EXIT_INTERRUPTED = 1, 2, 3, 130
 # The first class that fits an error decides.
 _EXIT_CODES = {UsageError: EXIT_USAGE, CheckFailedError: EXIT_CHECK_FAILED, DoconvError: EXIT_ERROR}
 _SHOWN_FINDINGS = 8
+_PACKAGE = "doconv_convert"
 _LEAST_WIDTH = 12
 _STYLES = {"passed": "green", "failed": "bold red", "not checked": "yellow", "equivalent": "yellow"}
 
@@ -209,6 +211,7 @@ def output(
     `steps` are what it does, in order, with their usual parts of the whole time, for the time left.
     """
     out = Output(as_json, quiet, github=github)
+    log = _shown_log() if debug else None
     try:
         if steps and out.terminal and not quiet:
             from doconv_convert.cli.progress import stepping
@@ -227,10 +230,36 @@ def output(
         message = f"{type(error).__name__}: {error} (unexpected; run again with --debug and please report it)"
         out.fail(error, debug, EXIT_ERROR, message)
     finally:
+        if log is not None:
+            _hide_log(log)
         if github is not None:
             github.publish()
         if as_json and out.document:
             sys.stdout.write(json.dumps(with_options(out.document), indent=2, default=str) + "\n")
+
+
+class _PrintableFormatter(logging.Formatter):
+    """A record as one line; names of layers and of files are data, and control characters in them are escaped."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def _shown_log() -> logging.Handler:
+    """The package's own records on stderr, with what was decided and why."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_PrintableFormatter("debug: %(name)s: %(message)s"))
+    package = logging.getLogger(_PACKAGE)
+    package.setLevel(logging.DEBUG)
+    package.addHandler(handler)
+    return handler
+
+
+def _hide_log(handler: logging.Handler) -> None:
+    package = logging.getLogger(_PACKAGE)
+    package.removeHandler(handler)
+    package.setLevel(logging.NOTSET)
 
 
 def check_failed() -> NoReturn:

@@ -25,7 +25,7 @@ As = Annotated[
     typer.Option("--format", help="json is --json; github adds annotations and a Markdown step summary."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, and on stderr what was decided and why.")]
 Include = Annotated[list[str] | None, typer.Option("--include", metavar="GLOB", help="Only these layers; repeats.")]
 Exclude = Annotated[list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Not these layers; repeats.")]
 Seed = Annotated[int, typer.Option("--seed", help="For random weights and for weight_extra.")]

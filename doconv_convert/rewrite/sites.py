@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -13,6 +14,8 @@ from doconv_convert.errors import UsageError
 from doconv_convert.nn.arguments import resolve_d_mul
 from doconv_convert.nn.composition import kind_of
 from doconv_convert.rewrite.options import Options
+
+logger = logging.getLogger(__name__)
 
 
 class Reason(enum.Enum):
@@ -164,3 +167,6 @@ def decide(sites: Sequence[Site], options: Options) -> None:
             for site in too_small
         )
         raise UsageError(f"{listed}. Use `d_mul` K or more, or exclude these layers.")
+    for site in sites:
+        if site.reason is not None:
+            logger.info("'%s' is kept: %s", site.name, site.reason.value)

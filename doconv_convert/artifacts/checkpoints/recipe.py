@@ -21,6 +21,7 @@ from doconv_convert.rewrite.passes import ToDOConvPass
 from doconv_convert.rewrite.sites import Action, Owner, Site, decide, site_name
 from doconv_convert.versions import __version__
 
+# docs/metadata.md is the format's page.
 METADATA_KEY = "doconv_convert"
 FORMAT_VERSION = 1
 # What a recipe may hand to a torchvision or timm builder: sizes and switches, nothing that names a file.

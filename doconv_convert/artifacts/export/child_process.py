@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
     from doconv_convert.artifacts.export.exporter import ExportReport
 
+
+logger = logging.getLogger(__name__)
 
 # torch gives back little memory: a fresh process takes over after so many exports.
 _JOBS_A_PROCESS = 8
@@ -130,7 +133,10 @@ def export_in_child(
     def run(job: ExportJob, waiting: Child | None) -> ExportReport:
         child = waiting or Child()
         try:
-            return child.export(job)
+            report = child.export(job)
+            batch = "dynamic" if report.dynamic_batch else "static"
+            logger.info("'%s': the %s exporter, opset %d, %s batch", report.path, report.exporter, report.opset, batch)
+            return report
         finally:
             if not (child.reuse and parallel):
                 child.close()

@@ -168,6 +168,14 @@ def test_dynamic_axes_are_read_back_not_believed(tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "new.onnx").exists()
 
 
+def test_what_the_exporter_fell_back_to_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "doconv_convert")
+    export_onnx(BatchBaked(), inputs(2, 8), tmp_path / "out.onnx")
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("the export with a dynamic batch failed (")
+    assert said.endswith("once more with a static one")
+
+
 def test_static_and_dynamic_as_asked(tmp_path: Path) -> None:
     net = nn.Conv2d(3, 4, 3)
     static = export_onnx(net, inputs(1, 3, 8, 8), tmp_path / "out.onnx", dynamic_batch=False)
