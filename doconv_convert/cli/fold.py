@@ -9,6 +9,7 @@ import typer
 
 from doconv_convert.cli import options as o
 from doconv_convert.cli.console import Output, check_failed, output
+from doconv_convert.words import counted
 
 if TYPE_CHECKING:
     from doconv_convert.workflows.fold_result import FoldResult
@@ -96,7 +97,7 @@ def _show(shown: Output, result: FoldResult) -> None:
         shown.say(note)
     written = "wrote " + ", ".join(map(str, result.written))
     if result.proof is None or result.export is None:
-        shown.say(f"folded {len(result.folded)} kernels; {written}")
+        shown.say(f"folded {counted(len(result.folded), 'kernel')}; {written}")
         return
     if result.verified:
         shown.proof(result.proof)

@@ -10,6 +10,7 @@ import typer
 from doconv_convert.cli import options as o
 from doconv_convert.cli.console import Output, output
 from doconv_convert.errors import UsageError
+from doconv_convert.words import short
 
 if TYPE_CHECKING:
     from doconv_convert.rewrite.cost import Cost
@@ -113,11 +114,11 @@ _FIGURES = ("checkpoint_bytes", "sgd_momentum_bytes", "adam_bytes", "composition
 def _show_cost(shown: Output, expected: Cost) -> None:
     """Growth and arithmetic of every over-parameterized kernel, in a table of 80 columns."""
     rows = [
-        [site.name, site.added_parameters, *(_short(getattr(site, figure)) for figure in _FIGURES)]
+        [site.name, site.added_parameters, *(_figure(getattr(site, figure)) for figure in _FIGURES)]
         for site in expected.sites
     ]
     total = [expected.total(figure) for figure in _FIGURES[:-1]]
-    rows.append(["total", expected.total("added_parameters"), *map(_short, [*total, expected.convolution_macs])])
+    rows.append(["total", expected.total("added_parameters"), *map(_figure, [*total, expected.convolution_macs])])
     head = ["layer", "added", "file B", "SGD B", "Adam B", "compose", "convolve"]
     shown.table(head, rows, right=range(1, len(head)))
     shown.say(
@@ -131,11 +132,5 @@ def _show_cost(shown: Output, expected: Cost) -> None:
     shown.say(macs)
 
 
-def _short(number: int | None) -> str:
-    """Four digits: 1.234M."""
-    if number is None:
-        return "-"
-    for unit, size in (("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)):
-        if number >= size:
-            return f"{number / size:.4g}{unit}"
-    return str(number)
+def _figure(number: int | None) -> str:
+    return "-" if number is None else short(number, 4, "")

@@ -17,6 +17,7 @@ from doconv_convert.check.status import Proof, Status
 from doconv_convert.rewrite.fold import FoldReport
 from doconv_convert.rewrite.fold_kernels import FOLD_TOLERANCE
 from doconv_convert.rewrite.layer_stats import Layer, trained_layers
+from doconv_convert.words import counted
 from doconv_convert.workflows.trained_model import Loaded
 
 
@@ -74,10 +75,12 @@ def fold_status(sites: Sequence[RecipeSite], folded: FoldReport) -> Status:
         return Status("fold", "passed", "nothing to fold: a plain checkpoint")
     others = f" ({without_d} more have no D)" if without_d else ""
     detail = (
-        f"{len(folded.folded)} kernels{others}; kernel and feature composition agree in float64 to {FOLD_TOLERANCE:.0e}"
+        f"{counted(len(folded.folded), 'kernel')}{others}; kernel and feature composition agree in float64 to "
+        f"{FOLD_TOLERANCE:.0e}"
     )
     if folded.by_graph:
-        detail += f"; {len(folded.by_graph)} foreign layers folded by graph, equal to their own forward to as much"
+        foreign = counted(len(folded.by_graph), "foreign layer")
+        detail += f"; {foreign} folded by graph, equal to their own forward to as much"
     return Status("fold", "passed", detail)
 
 

@@ -297,7 +297,7 @@ def test_blind_kernels_count_only_with_the_fold_and_equal_bytes() -> None:
     side = side_with({"seen": 2.0, "blind": 0.5, "training": None})
     status = check_coverage(side, "passed", "passed")
     assert status.state == "passed"
-    assert status.detail.startswith("a change of 1e-3 would show in the outputs for 1 of 3 kernels; 2 others by")
+    assert status.detail.startswith("a change of 0.1 % would show in the outputs for 1 of 3 kernels; 2 others by")
     assert status.findings == ("'blind' moves them by 0.5 bounds", "'training' only runs in training")
     for graph, folded in (("failed", "passed"), ("not checked", "passed"), ("passed", "failed")):
         assert check_coverage(side, graph, folded).state == "failed"  # type: ignore[arg-type]

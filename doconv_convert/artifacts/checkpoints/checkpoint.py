@@ -30,12 +30,12 @@ from doconv_convert.nn.composition import memory_format
 from doconv_convert.nn.factors import refuse_shards
 from doconv_convert.rewrite.foreign.authors import folded_authors_kernel, install_authors
 from doconv_convert.rewrite.options import Options
+from doconv_convert.words import listed
 
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 # Absent from files older than torch 0.4.1; torch itself fills it in, in strict loads too.
 _FORGIVEN = "num_batches_tracked"
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-_SHOWN = 5
 
 
 def save(model: nn.Module, path: str | Path, *, source: Source | str | None = None) -> None:
@@ -242,7 +242,7 @@ def _require_fit(model: nn.Module, state: Mapping[str, Tensor], path: str, *, pl
     ]
     if missing or unexpected or misshapen:
         parts = [
-            f"{len(found)} {what}: {', '.join(found[:_SHOWN])}{', ...' if len(found) > _SHOWN else ''}"
+            f"{len(found)} {what}: {listed(found)}"
             for what, found in (
                 ("missing", [f"'{k}'" for k in missing]),
                 ("unexpected", [f"'{k}'" for k in unexpected]),

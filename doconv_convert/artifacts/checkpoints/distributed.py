@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from doconv_convert.artifacts.checkpoints.pickles import load_tensors
-from doconv_convert.artifacts.checkpoints.unwrap import Unwrapper, listed
+from doconv_convert.artifacts.checkpoints.unwrap import Unwrapper
 from doconv_convert.errors import DoconvError
+from doconv_convert.words import listed
 
 METADATA_FILE = ".metadata"
 

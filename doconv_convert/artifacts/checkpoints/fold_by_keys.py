@@ -17,9 +17,10 @@ from doconv_convert.artifacts.checkpoints.checkpoint import folded_tensors, with
 from doconv_convert.artifacts.checkpoints.foreign_keys import Unit, find_units
 from doconv_convert.artifacts.checkpoints.reading import Checkpoint, read_checkpoint, require_finite
 from doconv_convert.artifacts.checkpoints.recipe import Recipe
-from doconv_convert.artifacts.checkpoints.unwrap import Selection, listed
+from doconv_convert.artifacts.checkpoints.unwrap import Selection
 from doconv_convert.errors import DoconvError, UsageError
 from doconv_convert.rewrite.fold import untrained_notes
+from doconv_convert.words import listed
 
 Size = tuple[int, ...]
 

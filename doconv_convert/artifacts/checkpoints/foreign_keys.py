@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from doconv_convert.artifacts.checkpoints.unwrap import listed
 from doconv_convert.errors import DoconvError
+from doconv_convert.words import listed
 
 IDENTITIES = ("d_diag", "D_diag")
 ASSUMED = (

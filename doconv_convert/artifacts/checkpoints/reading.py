@@ -18,11 +18,11 @@ from doconv_convert.artifacts.checkpoints.distributed import is_distributed, rea
 from doconv_convert.artifacts.checkpoints.foreign_keys import Unit
 from doconv_convert.artifacts.checkpoints.pickles import load_tensors
 from doconv_convert.artifacts.checkpoints.recipe import METADATA_KEY, Recipe
-from doconv_convert.artifacts.checkpoints.unwrap import Selection, Unwrapper, listed, under_prefix, unwrap
+from doconv_convert.artifacts.checkpoints.unwrap import Selection, Unwrapper, under_prefix, unwrap
 from doconv_convert.errors import DoconvError
+from doconv_convert.words import listed
 
 INDEX_SUFFIX = ".index.json"
-_SHOWN = 5
 # Files of other frameworks, by how they begin.
 _OTHER_KINDS = {
     b"\x89HDF\r\n\x1a\n": "an HDF5 file (Keras, TensorFlow)",
@@ -82,9 +82,8 @@ def require_finite(checkpoint: Checkpoint) -> None:
         if (t.is_floating_point() or t.is_complex()) and not torch.isfinite(t).all()
     ]
     if bad:
-        more = ", ..." if len(bad) > _SHOWN else ""
         raise DoconvError(
-            f"'{checkpoint.path}' has NaN or infinite values in {', '.join(bad[:_SHOWN])}{more}; expected none. "
+            f"'{checkpoint.path}' has NaN or infinite values in {listed(bad)}; expected none. "
             "The training diverged or the file is damaged: go back to an earlier checkpoint."
         )
 

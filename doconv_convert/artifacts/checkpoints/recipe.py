@@ -20,6 +20,7 @@ from doconv_convert.rewrite.options import Options
 from doconv_convert.rewrite.passes import ToDOConvPass
 from doconv_convert.rewrite.sites import Action, Owner, Site, decide, site_name
 from doconv_convert.versions import __version__
+from doconv_convert.words import listed
 
 # docs/metadata.md is the format's page.
 METADATA_KEY = "doconv_convert"
@@ -243,7 +244,7 @@ def sites_from_keys(
         and f"{site.owners[0].path}.{site.owners[0].kernel}".lstrip(".") in state
     ]
     if lost:
-        names = ", ".join(f"'{site.name}'" for site in lost[:5]) + (", ..." if len(lost) > 5 else "")
+        names = listed([f"'{site.name}'" for site in lost])
         exclude = " ".join(f"`exclude` '{site.name}'" for site in lost)
         include = " ".join(f"`include` '{site_name(*key)}'" for key in found)
         raise DoconvError(

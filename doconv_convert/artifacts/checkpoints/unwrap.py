@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from doconv_convert.errors import DoconvError
+from doconv_convert.words import listed
 
 # Under these names training scripts keep the model, and its average, beside other things.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "params")
 AVERAGES = ("ema", "model_ema", "state_dict_ema", "ema_state_dict", "params_ema")
 # What torch.optim.swa_utils.AveragedModel counts beside the averaged weights.
 AVERAGED = "n_averaged"
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,6 @@ class Selection:
 
     ema: bool = False
     prefix: str = ""
-
-
-def listed(names: Collection[str]) -> str:
-    """The first few names for a message."""
-    shown = ", ".join(str(name)[:80] for name in list(names)[:_SHOWN])
-    return f"{shown}, ..." if len(names) > _SHOWN else shown
 
 
 class Unwrapper:
