@@ -94,7 +94,7 @@ def test_a_static_export_is_compared_at_its_own_batch(
     assert made.proof.proven
     assert made.export is not None
     assert made.export.dynamic_batch is False
-    assert "on 2 samples" in next(s.detail for s in made.proof.statuses if s.name == "outputs")
+    assert "2 samples" in next(s.detail for s in made.proof.statuses if s.name == "outputs")
 
 
 def test_weights_given_up_come_back() -> None:
