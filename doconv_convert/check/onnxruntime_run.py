@@ -25,8 +25,8 @@ def check_outputs(candidate: Path, side: TorchSide) -> tuple[Status, list[Output
     """onnxruntime against the float64 run of the trained model."""
     if side.fold is not None and side.fold.random is not None:
         detail = (
-            "the network is not deterministic: two runs in eval mode on the same inputs differ, so there is nothing to "
-            "compare with; turn off what is random there (dropout, noise)"
+            "the network is not deterministic in eval mode, so there is nothing to compare with; turn off what is "
+            "random there (dropout, noise) or changes from call to call"
         )
         return Status("outputs", "failed", detail, (side.fold.random,)), []
     return retry_in_float64(lambda precise, floor: _compare(OnnxSession(candidate, precise=precise), side, floor))

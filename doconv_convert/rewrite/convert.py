@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -168,7 +169,28 @@ def copy_model(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); pass inplace=True."
         ) from error
     _restore_modes(model, copied)
+    _refuse_closures(model, copied)
     return copied
+
+
+def _refuse_closures(model: nn.Module, copied: nn.Module) -> None:
+    """Raises DoconvError where a function set on a module (its forward, a hook) holds a part of the model: `deepcopy`
+    hands functions on as they are, and the copy would go on running the original's layers."""
+    parts = {id(part) for part in (*model.modules(), *model.parameters(), *model.buffers())}
+    for path, module in copied.named_modules():
+        for name, value in vars(module).items():
+            for function in value.values() if isinstance(value, dict) else (value,):
+                if isinstance(function, FunctionType) and any(id(held) in parts for held in _held_by(function)):
+                    raise DoconvError(
+                        f"'{path or type(model).__name__}': {name.strip('_')} is a function that holds layers of the "
+                        "model itself; a copy would go on running the original's. Pass inplace=True, or make it a "
+                        "method of the class."
+                    )
+
+
+def _held_by(function: FunctionType) -> list[Any]:
+    cells = [cell.cell_contents for cell in function.__closure__ or () if cell.cell_contents is not None]
+    return [*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
 
 
 def _restore_modes(model: nn.Module, copied: nn.Module) -> None:

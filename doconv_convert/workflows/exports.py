@@ -135,7 +135,7 @@ def _after(read_folded: Callable[[], None], side: TorchSide) -> TorchSide:
         read_folded()
         return alone(count) if alone is not None else ()
 
-    return replace(side, alone=alone and run)
+    return replace(side, alone=alone and run, alone_is_cheap=False)
 
 
 def torch_sides(

@@ -12,6 +12,7 @@ from doconv_convert.artifacts.checkpoints.reading import Checkpoint, read_checkp
 from doconv_convert.artifacts.checkpoints.unwrap import Selection
 from doconv_convert.artifacts.models import notes_on
 from doconv_convert.artifacts.sources.source import Source, build
+from doconv_convert.artifacts.sources.unsaved import require_reproducible
 from doconv_convert.errors import UsageError
 from doconv_convert.rewrite.convert import copy_model
 from doconv_convert.rewrite.fold import FoldReport, fold_in_place
@@ -45,6 +46,7 @@ def load_trained(
         recipe = checkpoint.recipe
         source = recipe.trusted_source(str(path)) if recipe else _no_source(path)
     model = build(source)
+    require_reproducible(source, model)
     checkpoint = fitted(checkpoint, model)
     trained = in_eval(load_into(model, checkpoint, options))
     # the file's own tensors are the model's now; kept, they would be a second copy of the weights

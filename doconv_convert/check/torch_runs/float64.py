@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -22,16 +25,27 @@ def run_float64(model: nn.Module, inputs: Any) -> list[Tensor]:
 
     Raises DoconvError where the model does not run in float64."""
     with widened(model):
-        return output_tensors(float64_output(model, inputs))
+        return output_tensors(float64_runs(model, inputs).outputs[0])
 
 
-def float64_output(model: nn.Module, inputs: Any) -> Any:
-    """What a `widened` model gives in eval mode on the widened inputs; attributes, buffers and random states are as
-    before then. Raises DoconvError where the model does not run in float64."""
+@dataclass(frozen=True)
+class Runs:
+    """The outputs, run after run, and the random generators that were drawn from."""
+
+    outputs: list[Any]
+    drawn: tuple[str, ...]
+
+
+def float64_runs(model: nn.Module, inputs: Any, runs: int = 1) -> Runs:
+    """What a `widened` model gives in eval mode on the widened inputs; attributes, buffers and torch's and Python's
+    random states are as before then. Raises DoconvError where the model does not run in float64."""
     buffers = [(buffer, buffer.data.clone()) for buffer in model.buffers()]  # a forward may write into these
     try:
         with torch.no_grad(), undisturbed(model), _float64_by_default(), _WidenFloats():
-            return run_model(in_eval(model), tree_map(widen, inputs))
+            in_eval(model)
+            before = _random_states()
+            outputs = [run_model(model, tree_map(widen, inputs)) for _ in range(runs)]
+            return Runs(outputs, tuple(name for name, state in _random_states().items() if state != before[name]))
     except Exception as error:  # the user's forward
         raise DoconvError(
             f"{type(model).__name__} does not run in float64, which its outputs are judged by ({type(error).__name__}: "
@@ -79,6 +93,15 @@ def output_tensors(output: Any) -> list[Tensor]:
 
 def widen(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _random_states() -> dict[str, Any]:
+    states = {"torch": torch.random.get_rng_state(), "Python": random.getstate(), "numpy": np.random.get_state()}
+    if torch.cuda.is_initialized():
+        states["CUDA"] = torch.cuda.get_rng_state()
+    return {
+        name: state.numpy().tobytes() if isinstance(state, Tensor) else repr(state) for name, state in states.items()
+    }
 
 
 @contextmanager

@@ -7,7 +7,6 @@ made later may hide that, so it is looked for where nothing is rounded but the l
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +17,9 @@ from torch import Tensor, nn
 
 from doconv_convert.check.outputs.compare import Array, relative_error
 from doconv_convert.check.outputs.detections import detection_groups, in_order_of
-from doconv_convert.check.torch_runs.float64 import float64_output, output_tensors, widened
+from doconv_convert.check.torch_runs.float64 import float64_runs, output_tensors, widened
 from doconv_convert.rewrite.convert import copy_model
 from doconv_convert.rewrite.fold import fold_in_place
-from doconv_convert.rewrite.tracing import undisturbed
 from doconv_convert.words import listed
 
 # The two differ by the order of sums in their kernels' compositions alone.
@@ -55,31 +53,17 @@ def run_in_float64(
     dtypes = {name: tensor.dtype for name, tensor in _tensors(trained)}
     with widened(trained):
         wide = trained if spend else copy_model(trained)
-        output = _run(trained, inputs, seed=1)
-        truth, groups = output_tensors(output), detection_groups(output)
+        first = float64_runs(trained, inputs)
+        truth, groups = output_tensors(first.outputs[0]), detection_groups(first.outputs[0])
         wide = fold_in_place(wide, constant_kernels=constant_kernels, check_first=False).model
         findings = _cast_findings(dict(_tensors(wide)), dict(_tensors(folded)), dtypes)
-        again = output_tensors(_run(wide, inputs, seed=2))
-        error, differences = _compare(truth, again, groups)
-        if differences:  # other random numbers, or another network?
-            once_more = output_tensors(_run(wide, inputs, seed=3))
-            _, own = _compare(again, once_more, groups)
-            if own:
-                return Float64Runs(truth, error, own[0], findings)
-    return Float64Runs(truth, error, None, (*findings, *differences))
-
-
-def _run(model: nn.Module, inputs: Any, seed: int) -> Any:
-    """The output, with the random generators in a state of its own; they are as before then."""
-    numpy_state = np.random.get_state()
-    with undisturbed(model):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)
-        try:
-            return float64_output(model, inputs)
-        finally:
-            np.random.set_state(numpy_state)
+        # twice, without a reset between: a network may count its calls, or hold a generator of its own
+        again, once_more = map(output_tensors, float64_runs(wide, inputs, runs=2).outputs)
+    error, differences = _compare(truth, again, groups)
+    random = f"it draws from {' and '.join(first.drawn)}'s random generator" if first.drawn else None
+    if random is None and (own := _compare(again, once_more, groups)[1]):
+        random = f"of two runs in a row, {own[0]}"
+    return Float64Runs(truth, error, random, (*findings, *differences))
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
