@@ -56,7 +56,8 @@ def _tensors_in(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Te
         for key, tensor in unsaved_tensors(value):
             yield f"{name}.{key}", tensor
     elif isinstance(value, list | tuple | dict):
-        for key, one in (value if isinstance(value, dict) else dict(enumerate(value))).items():
+        inner: dict[Any, Any] = value if isinstance(value, dict) else dict(enumerate(value))
+        for key, one in inner.items():
             yield from _tensors_in(one, f"{name}[{key}]", seen | {id(value)})
 
 

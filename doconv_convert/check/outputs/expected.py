@@ -23,10 +23,10 @@ class TorchSide:
     """What torch says about the inputs: float64 outputs of the trained model, fp32 outputs of the plain one, the batch,
     and per kernel how far a change of 1e-3 would move them (in units of their bounds).
 
-    `detections` are the outputs that belong together (`detection_groups`). `alone` runs the first n samples in float64,
-    by themselves; `alone_is_cheap` unless it reads the weights again. `flat` are unseen kernels whose gradient is cut or
-    zero, with what changes of their own size tell of them (`coverage.why_flat`). `fold` is what was seen of the fold
-    itself."""
+    `detections` are the outputs that belong together (`detection_groups`). `alone` runs the first n samples in
+    float64, by themselves; `alone_is_cheap` unless it reads the weights again. `flat` are unseen kernels whose gradient
+    is cut or zero, with what changes of their own size tell of them (`coverage.why_flat`). `fold` is what was seen of
+    the fold itself."""
 
     inputs: Sequence[Array]
     truth: Sequence[Array]

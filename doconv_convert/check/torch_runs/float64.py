@@ -95,13 +95,12 @@ def widen(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _random_states() -> dict[str, Any]:
-    states = {"torch": torch.random.get_rng_state(), "Python": random.getstate(), "numpy": np.random.get_state()}
-    if torch.cuda.is_initialized():
-        states["CUDA"] = torch.cuda.get_rng_state()
-    return {
-        name: state.numpy().tobytes() if isinstance(state, Tensor) else repr(state) for name, state in states.items()
-    }
+def _random_states() -> dict[str, str]:
+    states: dict[str, Any] = {"Python": random.getstate(), "numpy": np.random.get_state()}
+    states["torch"] = torch.random.get_rng_state().numpy().tobytes()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        states["CUDA"] = torch.cuda.get_rng_state().numpy().tobytes()
+    return {name: repr(state) for name, state in states.items()}
 
 
 @contextmanager
