@@ -78,10 +78,10 @@ def refuse_subclasses(model: nn.Module) -> None:
     for path, module in model.named_modules():
         known = type(module) in _PLAIN_OF or "_overlay_base" in vars(type(module)) or is_parametrized(module)
         if is_over_parameterized(module) and not known:
-            cls = type(module)
+            own, ours = type(module).__name__, type(module).__bases__[0].__name__
             raise DoconvError(
-                f"'{path or cls.__name__}': {cls.__name__} extends {cls.__bases__[0].__name__}, and fold cannot tell its "
-                "plain class; extend torch's own class, and convert it with to_doconv."
+                f"'{path or own}': {own} extends {ours}, and fold cannot tell its plain class; extend torch's own "
+                "class, and convert it with to_doconv."
             )
 
 
