@@ -58,7 +58,9 @@ def compose_kernel(weight: Tensor, d: Tensor, weight_extra: Tensor | None = None
     autocast = device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         dtype = torch.promote_types(torch.promote_types(weight.dtype, d.dtype), torch.float32)
-        if dtype == torch.float64 and not _is_tracked(weight, d, weight_extra):
+        # A jit trace is checked with gradients off, and must not become another then.
+        whole = dtype != torch.float64 or _is_tracked(weight, d, weight_extra) or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        if not whole:
             pieces = [
                 _composed(weight[rows], d[channels], _part(weight_extra, rows), number, dtype)
                 for rows, channels, number in row_pieces(weight.shape, groups)

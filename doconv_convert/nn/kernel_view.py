@@ -98,8 +98,8 @@ class KernelView(Tensor):
         self.__dict__.clear()
         self.__class__ = nn.Parameter  # type: ignore[assignment]
 
-    @property  # type: ignore[override]
-    def is_leaf(self) -> bool:
+    @property
+    def is_leaf(self) -> bool:  # type: ignore[override]
         """False: an optimizer that is given the kernel raises, as D and W are what it should be given."""
         return not self._whole and _plain(_IS_LEAF.__get__, self)
 
@@ -140,7 +140,7 @@ class KernelView(Tensor):
     @property
     def grad(self) -> Tensor | None:
         """None, with torch's warning of a tensor that is no leaf: gradients are those of W, D and weight_extra."""
-        return _plain(_GRAD.__get__, self)
+        return cast("Tensor | None", _plain(_GRAD.__get__, self))
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:

@@ -151,8 +151,8 @@ class _DOConv(OverParameterized, nn.modules.conv._ConvNd):
         """D_mul; 1 for a 1x1 kernel without D."""
         return 1 if self.D is None else self.D.shape[2]
 
-    @property  # type: ignore[override]
-    def stored_kernels(self) -> tuple[StoredKernel, ...]:
+    @property
+    def stored_kernels(self) -> tuple[StoredKernel, ...]:  # type: ignore[override]
         has_d = self._parameters.get("D") is not None or self.__dict__.get("D") is not None  # the latter in a replica
         return (StoredKernel("weight", self.groups),) if has_d else ()
 

@@ -110,8 +110,14 @@ def kernel_property(name: str) -> property:
         kernel = _kernel_called(module, name)
         if kernel is None:
             return first_slots(module, name)
-        if _wants_shards(module, name):
-            return module._parameters[name]
+        if not torch.compiler.is_compiling():
+            caller = str(sys._getframe(1).f_globals.get("__name__", ""))
+            if caller == "torch.nn.utils.weight_norm":  # it would go on by deleting W
+                raise refusal(module, kernel, "it cannot be split into a norm and a direction")
+            # FSDP2 swaps shards and whole parameters by `getattr` and `setattr`, its state dicts look them up: under
+            # the kernel's name they mean W.
+            if caller.startswith("torch.distributed.") and _is_sharded(module._parameters[name]):
+                return module._parameters[name]
         if module._cached_kernels is not None:
             composed: Any = module._cached_kernels[name].read()
         else:
@@ -150,14 +156,14 @@ def overlay(module: nn.Module, kernels: Sequence[StoredKernel]) -> None:
     module.__class__ = _overlay_class(base, (*stored_kernels(module), *kernels))  # type: ignore[arg-type]
 
 
-def remove_overlay(module: nn.Module) -> None:
-    """Give `module` its own class back; its parameters are the caller's."""
-    module.__class__ = base_class(module)
-
-
 def base_class(module: nn.Module) -> type[nn.Module]:
     """The user's class of a module, whether it is overlaid or not."""
     return cast("type[nn.Module]", getattr(type(module), "_overlay_base", type(module)))
+
+
+def is_over_parameterized(module: nn.Module) -> bool:
+    """Whether it is a DOConv layer (one without D too) or an overlaid module."""
+    return isinstance(module, OverParameterized)
 
 
 def is_overlaid(module: nn.Module) -> bool:
@@ -190,15 +196,6 @@ def _composed(module: nn.Module, kernel: StoredKernel) -> Any:
 
 def _is_sharded(tensor: Tensor | None) -> bool:
     return type(tensor).__module__.startswith("torch.distributed")
-
-
-def _wants_shards(module: nn.Module, name: str) -> bool:
-    """Whether torch.distributed itself reads the attribute. FSDP2 swaps shards and whole parameters by `getattr` and
-    `setattr`, its state dicts look them up: under the kernel's name they mean W."""
-    if torch.compiler.is_compiling() or not _is_sharded(module._parameters[name]):
-        return False
-    caller = sys._getframe(2).f_globals.get("__name__", "")
-    return str(caller).startswith("torch.distributed.")
 
 
 def _set_from(module: nn.Module, kernel: StoredKernel, view: KernelView) -> None:

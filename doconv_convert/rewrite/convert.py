@@ -137,8 +137,8 @@ def refuse_wrapped(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise DoconvError(
-                f"'{path or type(model).__name__}' is a TorchScript module already; convert the Python model, and script "
-                "the folded one: torch.jit.script(fold(model))."
+                f"'{path or type(model).__name__}' is a TorchScript module already; convert the Python model, and "
+                "script the folded one: torch.jit.script(fold(model))."
             )
         for base in type(module).__mro__:
             if base.__name__ in wrappers and base.__module__.startswith("torch."):

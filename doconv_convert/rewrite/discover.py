@@ -13,7 +13,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter
 
 from doconv_convert.nn.layers import DOCONV_CLASSES
-from doconv_convert.nn.overlay import is_overlaid, stored_kernels
+from doconv_convert.nn.overlay import is_over_parameterized, stored_kernels
 from doconv_convert.rewrite.fx_graph import (
     ancestors,
     functional_calls,
@@ -108,8 +108,7 @@ def discover(model: nn.Module, example_inputs: Any = None) -> Discovery:
 
 
 def _classify_module(sites: _Sites, path: str, module: nn.Module) -> None:
-    cls = type(module)
-    if cls in DOCONV_CLASSES.values() or is_overlaid(module):
+    if is_over_parameterized(module):
         _already(sites, path, module)
     elif _is_quantised(module):
         sites.without_parameter(Owner(path, module, "weight"), Reason.QUANTISED)

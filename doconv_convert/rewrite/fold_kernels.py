@@ -13,8 +13,8 @@ from doconv_convert.errors import CheckFailedError, DoconvError
 from doconv_convert.nn.composition import full_d, full_w, row_pieces
 from doconv_convert.nn.factors import read_factors
 from doconv_convert.nn.layers import exact, fold_kernel
-from doconv_convert.nn.overlay import stored_kernels
-from doconv_convert.rewrite.install import is_over_parameterized, restore
+from doconv_convert.nn.overlay import is_over_parameterized, stored_kernels
+from doconv_convert.rewrite.install import restore
 from doconv_convert.rewrite.sites import site_name
 
 # Two float64 sums of at most a few ten thousand terms; the largest seen over torchvision is 4e-15.

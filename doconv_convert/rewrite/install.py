@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch import fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from doconv_convert.errors import DoconvError
 from doconv_convert.nn.factors import StoredKernel, new_factors
 from doconv_convert.nn.layers import DOCONV_CLASSES
-from doconv_convert.nn.overlay import is_overlaid, overlay, remove_overlay, stored_kernels
+from doconv_convert.nn.overlay import is_over_parameterized, is_overlaid, overlay, stored_kernels
 from doconv_convert.rewrite.discover import is_plain
 from doconv_convert.rewrite.options import Options
 from doconv_convert.rewrite.sites import Site
@@ -73,8 +74,16 @@ def install(site: Site, options: Options) -> bool:
     return changed
 
 
-def is_over_parameterized(module: nn.Module) -> bool:
-    return type(module) in _PLAIN_OF or is_overlaid(module)
+def refuse_subclasses(model: nn.Module) -> None:
+    """Raises DoconvError for a class that extends one of ours: what it would be without D is not known."""
+    for path, module in model.named_modules():
+        known = type(module) in _PLAIN_OF or "_overlay_base" in vars(type(module)) or is_parametrized(module)
+        if is_over_parameterized(module) and not known:
+            own, ours = type(module).__name__, type(module).__bases__[0].__name__
+            raise DoconvError(
+                f"'{path or own}': {own} extends {ours}, and fold cannot tell its plain class; extend torch's own "
+                "class, and convert it with to_doconv."
+            )
 
 
 def restore(module: nn.Module) -> None:
@@ -82,10 +91,19 @@ def restore(module: nn.Module) -> None:
     for kernel in stored_kernels(module):
         for name in (kernel.d_name, kernel.extra_name):
             module._parameters.pop(name, None)
-    if is_overlaid(module):
-        remove_overlay(module)
-    elif type(module) in _PLAIN_OF:
+    if not is_overlaid(module):
         for name in ("D", "weight_extra"):
             module._parameters.pop(name, None)
         del module.composition
-        module.__class__ = _PLAIN_OF[type(module)]
+    module.__class__ = _restored_class(type(module))
+
+
+def _restored_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class without D. torch.nn.utils.parametrize (of a bias) has put its own on top: that is made anew."""
+    plain: type[nn.Module] | None = _PLAIN_OF.get(cls) or vars(cls).get("_overlay_base")
+    if plain is not None:
+        return plain
+    ours = cls.__bases__[0]
+    below = _restored_class(ours)
+    members = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls.__name__.replace(ours.__name__, below.__name__), (below,), members)

@@ -26,6 +26,7 @@ from doconv_convert.rewrite.install import (
     install,
     is_graph_storage,
     refuse_name_clashes,
+    refuse_subclasses,
     register_factors,
 )
 from doconv_convert.rewrite.options import Options
@@ -146,6 +147,8 @@ def fold_kernels(model: nn.Module, check_first: bool = True) -> tuple[list[str],
 
     `check_first` composes every kernel once more up front, so that an error leaves the model untouched.
     """
+    refuse_subclasses(model)
+    _refuse_decomposed(model)
     compositions = _compositions(model)
     every = unique([*layer_factors(model), *(composition.factors for composition in compositions)])
     if check_first:
@@ -170,6 +173,37 @@ def kernel_factors(model: nn.Module) -> list[Factors]:
 def _compositions(model: nn.Module) -> list[_Composition]:
     graphs = [(path, m) for path, m in model.named_modules() if isinstance(m, fx.GraphModule)]
     return [_Composition(gm, path, node) for path, gm in graphs for node in composition_nodes(gm)]
+
+
+def _refuse_decomposed(model: nn.Module) -> None:
+    """Raises DoconvError for a graph in which torch.export has taken a composition apart: W and D would go on being
+    multiplied there, in operations that no longer say what they are."""
+    for path, gm in model.named_modules():
+        if not isinstance(gm, fx.GraphModule):
+            continue
+        reads = {str(node.target): node for node in gm.graph.nodes if node.op == "get_attr"}
+        for target, node in reads.items():
+            owner, _, name = target.rpartition(".")
+            if name != "D" and not name.endswith("_D"):
+                continue
+            kernel = StoredKernel("weight" if name == "D" else name.removesuffix("_D"), 1)
+            weight = reads.get(f"{owner}.{kernel.name}".lstrip("."))
+            elsewhere = any(user.target is not compose_kernel for user in node.users)
+            if weight is not None and elsewhere and _belong_together(gm, weight, node):
+                site = site_name(f"{path}.{owner}".strip("."), kernel.name)
+                raise DoconvError(
+                    f"'{site}': this exported graph composes its kernel in operations of torch, which cannot be "
+                    "folded; fold the model before torch.export."
+                )
+
+
+def _belong_together(gm: fx.GraphModule, weight: fx.Node, d: fx.Node) -> bool:
+    """Whether two Parameters have the shapes of W's first slots and of its D."""
+    w, residual = parameter_read(gm, weight), parameter_read(gm, d)
+    if w is None or residual is None or residual.dim() != 3 or w.dim() < 3 or not w.shape[1]:
+        return False
+    (in_channels, positions, d_mul), per_group = residual.shape, w.shape[1]
+    return positions == w.shape[2:].numel() and d_mul >= positions and in_channels % per_group == 0
 
 
 class _Composition:

@@ -118,6 +118,103 @@ class Standardised(nn.Conv2d):
         return F.conv2d(x, weight, self.bias, self.stride, self.padding)
 
 
+class Octave(nn.Module):
+    """A layer that convolves with parts of its kernel, and gives a tuple."""
+
+    class Split(nn.Conv2d):
+        def forward(self, x: Tensor) -> Any:
+            return F.conv2d(x, self.weight[:1], padding=1), F.conv2d(F.avg_pool2d(x, 2), self.weight[1:], padding=1)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.split, self.high = self.Split(3, 3, 3), conv(1, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        high, low = self.split(x)
+        return self.high(high).mean((2, 3)) + low.mean((2, 3)).sum(1, keepdim=True)
+
+
+class Mixer(nn.Module):
+    """Its layer only holds the kernel for a functional call, in a forward that cannot be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1d = nn.Conv1d(3, 3, 4, groups=3, padding=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(2) if x.shape[0] > 1 else x
+        kernel = self.conv1d.weight.squeeze(1).unsqueeze(1)
+        return F.conv1d(x, kernel, self.conv1d.bias, padding=3, groups=3)
+
+
+class Masked(nn.Conv2d):
+    def __init__(self, *arguments: int) -> None:
+        super().__init__(*arguments, padding=1)
+        self.register_buffer("mask", torch.ones_like(self.weight))
+        self.mask[:, :, 2:] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data *= self.mask
+        return super().forward(x)
+
+
+class MaskedByItems(Masked):
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data[:, :, 2:] = 0
+        return nn.Conv2d.forward(self, x)
+
+
+class MaskedUntraceable(Masked):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.shape[0] > 1 else x
+
+
+class MaxNorm(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data = torch.renorm(self.weight.data, 2, 0, 0.5)
+        return super().forward(x)
+
+
+class MaxNormInTraining(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.weight.clamp_(-0.1, 0.1)
+        return super().forward(x)
+
+
+class WrittenByParent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = conv(), conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.conv.weight.data = torch.renorm(self.conv.weight.data, 2, 0, 0.5)
+        return self.conv(self.stem(x))
+
+
+class WrittenByParentUntraceable(WrittenByParent):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.shape[0] > 1 else x
+
+
+class Rebuilt(nn.Module):
+    """In eval one layer has the kernel of two in a row (SPAN)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.eval_conv = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 5)
+        self.first.bias = self.second.bias = self.eval_conv.bias = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return self.second(self.first(x))
+        flipped = self.second.weight.data.flip(2, 3)
+        product = F.conv2d(self.first.weight.data.permute(1, 0, 2, 3), flipped, padding=2)
+        self.eval_conv.weight.data = product.permute(1, 0, 2, 3).contiguous()
+        return self.eval_conv(x)
+
+
 class OtherKernel(nn.Conv2d):
     """Its `weight` is not what it convolves with."""
 
@@ -305,12 +402,31 @@ HAZARDS = {
     ),
     "plain subclass": Hazard(lambda: nn.Sequential(Plain(3, 3, 3)), {"0": CONVERT}),
     "root subclass": Hazard(lambda: SamePadding(3, 4, 3, 2), {"weight": CONVERT}),
-    "standardised": Hazard(lambda: nn.Sequential(conv(), Standardised(3, 3, 3)), {"0": CONVERT, "1": Reason.COMPUTED}),
+    "standardised": Hazard(lambda: nn.Sequential(conv(), Standardised(3, 3, 3)), {"0": CONVERT, "1": CONVERT}),
+    "two outputs": Hazard(Octave, {"split": CONVERT, "high": CONVERT}),
+    "held for a functional call": Hazard(Mixer, {"conv1d": CONVERT}),
+    "held for a functional call, run": Hazard(Mixer, {"conv1d": CONVERT}, example=True),
+    "masked": Hazard(lambda: nn.Sequential(conv(), Masked(3, 3, 3)), {"0": CONVERT, "1": Reason.WRITTEN}),
+    "masked by items": Hazard(
+        lambda: nn.Sequential(conv(), MaskedByItems(3, 3, 3)), {"0": CONVERT, "1": Reason.WRITTEN}
+    ),
+    "masked, untraceable": Hazard(
+        lambda: nn.Sequential(conv(), MaskedUntraceable(3, 3, 3)), {"0": CONVERT, "1": Reason.WRITTEN}
+    ),
+    "max norm": Hazard(lambda: nn.Sequential(conv(), MaxNorm(3, 3, 3)), {"0": CONVERT, "1": Reason.WRITTEN}),
+    "max norm in training": Hazard(
+        lambda: nn.Sequential(conv(), MaxNormInTraining(3, 3, 3)), {"0": CONVERT, "1": Reason.WRITTEN}
+    ),
+    "written by its parent": Hazard(WrittenByParent, {"stem": CONVERT, "conv": Reason.WRITTEN}),
+    "written by its parent, untraceable": Hazard(
+        WrittenByParentUntraceable, {"stem": CONVERT, "conv": Reason.WRITTEN}, example=True
+    ),
+    "written in eval": Hazard(Rebuilt, {"first": CONVERT, "second": CONVERT, "eval_conv": Reason.WRITTEN}),
     "other kernel": Hazard(lambda: nn.Sequential(conv(), OtherKernel()), {"0": CONVERT, "1": Reason.COMPUTED}),
     "instance forward": Hazard(lambda: nn.Sequential(with_forward(conv(), patched_forward)), {"0": CONVERT}),
     "standardising instance forward": Hazard(
         lambda: nn.Sequential(conv(), with_forward(conv(), standardising_forward)),
-        {"0": CONVERT, "1": Reason.COMPUTED},
+        {"0": CONVERT, "1": CONVERT},
     ),
     "instance forward of a block": Hazard(
         lambda: nn.Sequential(with_forward(nn.Sequential(conv(), conv()), lambda self, x: self[1](self[0](x)) + x)),
@@ -388,6 +504,24 @@ def test_plan(name: str) -> None:
         assert hazard.aliases.get(row.name, row.aliases) == row.aliases
     assert {key: (id(t), t._version) for key, t in model.state_dict(keep_vars=True).items()} == state
     assert [dict(vars(module)) for module in model.modules()] == attributes
+
+
+def test_training_and_eval_agree_where_a_layer_is_rebuilt() -> None:
+    """The forward that rebuilds the kernel for eval reads those that train."""
+    model, x = randomise(convert("written in eval", make("written in eval")), seed=0), image()
+    trained = model.train()(x)
+    assert difference(trained, make("written in eval").train()(x)) > MOVED
+    assert difference(run(model.eval(), x), trained) < TOLERANCE
+
+
+def test_looking_at_a_forward_that_writes_changes_nothing() -> None:
+    for name in ("masked", "masked, untraceable", "max norm", "written by its parent, untraceable"):
+        model = make(name)
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        plan(model, (image(),))
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        run(model, image())
+        assert not all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("d_mul", ["K", "K+3"])

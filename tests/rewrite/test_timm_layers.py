@@ -45,15 +45,15 @@ NETS = {
     "Conv2dSame": (efficient, {"0": CONVERT, "3": CONVERT, "4": CONVERT}),
     "StdConv2d": (
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3), layers.StdConv2d(4, 4, 3)),
-        {"0": CONVERT, "1": Reason.COMPUTED.value},
+        {"0": CONVERT, "1": CONVERT},
     ),
     "StdConv2dSame": (
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3), layers.StdConv2dSame(4, 4, 3, 2)),
-        {"0": CONVERT, "1": Reason.COMPUTED.value},
+        {"0": CONVERT, "1": CONVERT},
     ),
     "ScaledStdConv2d": (
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3), layers.ScaledStdConv2d(4, 4, 3)),
-        {"0": CONVERT, "1": Reason.COMPUTED.value},
+        {"0": CONVERT, "1": CONVERT},
     ),
     "CondConv2d": (Routed, {"stem": CONVERT, "cond": Reason.INPUT_DEPENDENT.value}),
     "BlurPool2d": (

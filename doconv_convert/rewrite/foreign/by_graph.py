@@ -21,11 +21,11 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from doconv_convert.nn.layers import DOCONV_CLASSES
+from doconv_convert.nn.overlay import is_over_parameterized
 from doconv_convert.rewrite.convert import copy_model
 from doconv_convert.rewrite.fold_kernels import FOLD_TOLERANCE
 from doconv_convert.rewrite.foreign.torch_export import NotExported, exported, sample_input
 from doconv_convert.rewrite.fx_graph import ancestors, attribute, functional_calls, kernel_origin
-from doconv_convert.rewrite.install import is_over_parameterized
 from doconv_convert.rewrite.sites import Reason
 from doconv_convert.rewrite.tracing import trace, undisturbed
 

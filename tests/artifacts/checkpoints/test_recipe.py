@@ -21,7 +21,7 @@ from doconv_convert.rewrite.options import Options
 
 
 def test_a_recipe_reads_back_as_it_was_written() -> None:
-    sites = (RecipeSite("a.b", "weight", 4, 12), RecipeSite("c", "kernel", 1, None, overlay=True))
+    sites = (RecipeSite("a.b", "weight", 4, 12), RecipeSite("c", "kernel", 1, None))
     recipe = Recipe(sites, Source("timm:resnet18", {"num_classes": 3}), {"x": "y"}, ("a.b.weight",), "0.0.1")
     assert Recipe.parse(recipe.dump(), "file") == recipe
     assert Recipe.parse(Recipe(()).dump(), "file") == Recipe(())
@@ -29,8 +29,8 @@ def test_a_recipe_reads_back_as_it_was_written() -> None:
 
 def test_a_model_tells_its_sites() -> None:
     assert recipe_sites(trained_sample("functional")) == (
-        RecipeSite("stem", "weight", 1, 9, overlay=True),
-        RecipeSite("scales", "kernel", 1, 9, overlay=True),
+        RecipeSite("stem", "weight", 1, 9),
+        RecipeSite("scales", "kernel", 1, 9),
         RecipeSite("last", "weight", 1, 9),
     )
     assert recipe_sites(build_model("functional")) == ()
@@ -111,4 +111,4 @@ def test_a_model_with_an_attribute_of_ds_name_is_refused() -> None:
 
     state = {"weight": torch.ones(4, 2, 3, 3), "D": torch.zeros(2, 9, 9)}
     with pytest.raises(DoconvError, match="already has an attribute 'D'"):
-        apply_recipe(Own(), (RecipeSite("", "weight", 1, 9, overlay=True),), state, "file")
+        apply_recipe(Own(), (RecipeSite("", "weight", 1, 9),), state, "file")
