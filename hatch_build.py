@@ -55,7 +55,7 @@ def variants() -> list[tuple[str, str]]:
 
 
 def compiled(source: Path, folder: str, processor: str, real: str) -> Path:
-    """A library in `folder`, named as compiled.py looks for it."""
+    """A library in `folder`, named as native.py looks for it."""
     digest = hashlib.sha256(source.read_bytes()).hexdigest()[:8]
     library = Path(folder) / f"product_{processor}_{real}_{digest}.so"
     compiler = shlex.split(os.environ.get("CC", "cc"))

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from doconv_convert import export_onnx, to_doconv
-from doconv_convert.artifacts.checkpoint import save
+from doconv_convert.artifacts.checkpoints.checkpoint import save
 from doconv_convert.artifacts.models import Opened, find_inputs
-from doconv_convert.artifacts.sources import build, parse_source
-from doconv_convert.check.lively import make_lively
+from doconv_convert.artifacts.sources.source import build, parse_source
 from doconv_convert.cli.app import app
+from doconv_convert.workflows.rehearsal.randomize import make_lively
 
 NAMES = ("residual", "grouped", "functional", "tied", "control_flow", "digits")
 

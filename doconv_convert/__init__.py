@@ -17,8 +17,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
 _HOMES = {
     "DOConv1d": "nn.layers",
     "DOConv2d": "nn.layers",
@@ -26,31 +24,31 @@ _HOMES = {
     "kernel_macs": "nn.composition",
     "feature_macs": "nn.composition",
     "cached": "nn.cached",
-    "param_groups": "nn.param_groups",
+    "param_groups": "nn.optimizers",
+    "check_optimizer": "nn.optimizers",
     "ToDOConvPass": "rewrite.passes",
     "FoldPass": "rewrite.passes",
     "plan": "rewrite.plan",
     "to_doconv": "rewrite.convert",
     "fold": "rewrite.fold",
-    "save": "artifacts.checkpoint",
-    "load": "artifacts.checkpoint",
-    "export_onnx": "artifacts.onnx_export",
-    "count_macs": "check.macs",
-    "verify": "check.verify",
-    "rehearse": "check.rehearse",
+    "save": "artifacts.checkpoints.checkpoint",
+    "load": "artifacts.checkpoints.checkpoint",
+    "export_onnx": "artifacts.export.exporter",
+    "count_macs": "check.macs.counting",
+    "verify": "workflows.verify",
+    "rehearse": "workflows.rehearsal.rehearse",
     "DoconvError": "errors",
     "UsageError": "errors",
+    "__version__": "versions",
 }
 
-__all__ = [*_HOMES, "__version__"]
+__all__ = [*_HOMES]
 
 if TYPE_CHECKING:
-    from doconv_convert.artifacts.checkpoint import load as load
-    from doconv_convert.artifacts.checkpoint import save as save
-    from doconv_convert.artifacts.onnx_export import export_onnx as export_onnx
-    from doconv_convert.check.macs import count_macs as count_macs
-    from doconv_convert.check.rehearse import rehearse as rehearse
-    from doconv_convert.check.verify import verify as verify
+    from doconv_convert.artifacts.checkpoints.checkpoint import load as load
+    from doconv_convert.artifacts.checkpoints.checkpoint import save as save
+    from doconv_convert.artifacts.export.exporter import export_onnx as export_onnx
+    from doconv_convert.check.macs.counting import count_macs as count_macs
     from doconv_convert.errors import DoconvError as DoconvError
     from doconv_convert.errors import UsageError as UsageError
     from doconv_convert.nn.cached import cached as cached
@@ -59,12 +57,16 @@ if TYPE_CHECKING:
     from doconv_convert.nn.layers import DOConv1d as DOConv1d
     from doconv_convert.nn.layers import DOConv2d as DOConv2d
     from doconv_convert.nn.layers import DOConv3d as DOConv3d
-    from doconv_convert.nn.param_groups import param_groups as param_groups
+    from doconv_convert.nn.optimizers import check_optimizer as check_optimizer
+    from doconv_convert.nn.optimizers import param_groups as param_groups
     from doconv_convert.rewrite.convert import to_doconv as to_doconv
     from doconv_convert.rewrite.fold import fold as fold
     from doconv_convert.rewrite.passes import FoldPass as FoldPass
     from doconv_convert.rewrite.passes import ToDOConvPass as ToDOConvPass
     from doconv_convert.rewrite.plan import plan as plan
+    from doconv_convert.versions import __version__ as __version__
+    from doconv_convert.workflows.rehearsal.rehearse import rehearse as rehearse
+    from doconv_convert.workflows.verify import verify as verify
 
 
 def __getattr__(name: str) -> Any:

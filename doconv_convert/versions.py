@@ -1,8 +1,10 @@
-"""The versions of the libraries that decide what a command finds."""
+"""This package's version, and those of the libraries that decide what a command finds."""
 
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
+
+__version__ = "0.1.0"
 
 LIBRARIES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "safetensors", "numpy")
 

@@ -6,12 +6,12 @@ from typing import ClassVar
 
 import pytest
 
-from doconv_convert.artifacts import export_child
+from doconv_convert.artifacts.export import child_process
 
 # Before torch is imported: with more, the processes wait for each other, spinning.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-OwnChild = export_child.Child
+OwnChild = child_process.Child
 
 
 class PooledChild:
@@ -24,7 +24,7 @@ class PooledChild:
         self._child = self.idle.pop() if self.idle else OwnChild(reuse=True)
         self._done = True
 
-    def export(self, job: export_child.ExportJob) -> object:
+    def export(self, job: child_process.ExportJob) -> object:
         self._done = False
         report = self._child.export(job)
         self._done = True
@@ -39,7 +39,7 @@ class PooledChild:
 @pytest.fixture(scope="session", autouse=True)
 def pooled_children() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export_child, "Child", PooledChild)
+        patch.setattr(child_process, "Child", PooledChild)
         yield
     for child in PooledChild.idle:
         child.close()
@@ -48,17 +48,17 @@ def pooled_children() -> Iterator[None]:
 @pytest.fixture
 def own_children(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of the children themselves: a fresh process each."""
-    monkeypatch.setattr(export_child, "Child", OwnChild)
+    monkeypatch.setattr(child_process, "Child", OwnChild)
 
 
 @pytest.fixture(scope="module", params=["product.c", "torch's operations"])
 def both_arithmetics(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every test of the module twice: with and without the compiled product."""
-    from doconv_convert.nn import compiled  # torch, after OMP_NUM_THREADS
+    from doconv_convert.nn import native  # torch, after OMP_NUM_THREADS
 
     with pytest.MonkeyPatch.context() as patch:
         if request.param != "product.c":
-            patch.setattr(compiled, "LIBRARIES", {})
-        elif not compiled.LIBRARIES:
+            patch.setattr(native, "LIBRARIES", {})
+        elif not native.LIBRARIES:
             pytest.skip("product.c was not compiled")
         yield

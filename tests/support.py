@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 import sample_models
-from doconv_convert.artifacts.sources import build, parse_source
-from doconv_convert.check.runtime import OnnxSession
+from doconv_convert.artifacts.sources.source import build, parse_source
+from doconv_convert.check.outputs.session import OnnxSession
 
 SAMPLES = ("residual", "grouped", "functional", "tied", "control_flow", "digits")
 # The share of the output's scale by which a lively net tells two images apart.
@@ -32,6 +33,18 @@ def inexact_session(error: float, where: Callable[[OnnxSession], bool] = lambda 
             return [value * np.float32(1 + error * where(self)) for value in super().run(inputs)]
 
     return Inexact
+
+
+def wrong_where(optimized: bool) -> type[onnxruntime.InferenceSession]:
+    """onnxruntime's own session, off by 1e-3 in those sessions that it optimizes, or in the others."""
+
+    class Wrong(onnxruntime.InferenceSession):
+        def run(self, *arguments: Any, **options: Any) -> Any:
+            level = self.get_session_options().graph_optimization_level
+            wrong = (level != onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL) is optimized
+            return [value * np.float32(1 + 1e-3 * wrong) for value in super().run(*arguments, **options)]
+
+    return Wrong
 
 
 def sample_source(name: str) -> str:

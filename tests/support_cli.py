@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from doconv_convert import save, to_doconv
-from doconv_convert.artifacts import export_child
-from doconv_convert.artifacts.recipe import METADATA_KEY
-from doconv_convert.artifacts.sources import build, parse_source
+from doconv_convert.artifacts.checkpoints.recipe import METADATA_KEY
+from doconv_convert.artifacts.export import child_process
+from doconv_convert.artifacts.sources.source import build, parse_source
 from doconv_convert.cli.app import app
 from doconv_convert.rewrite.convert import copy_model
 
@@ -28,8 +28,8 @@ class ExportsHere:
 
     reuse = False
 
-    def export(self, job: export_child.ExportJob) -> object:
-        return export_child._export(job)
+    def export(self, job: child_process.ExportJob) -> object:
+        return child_process._export(job)
 
     def close(self) -> None:
         pass

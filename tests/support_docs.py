@@ -1,8 +1,7 @@
-"""The documentation's blocks, run as a reader would type them: a page's in their order, in one folder.
+"""The documentation's blocks, run as a reader would type them: a page's visible ones, in their order, in one folder.
 
 A `python` block goes on with the page's script; one that begins with a file's name (`# net.py`) is that file. A `sh`
-block goes to the shell. What the reader has already, such as a checkpoint of theirs, is made by a block in a comment.
-`<!-- no-run: why -->` above a block leaves it out.
+block goes to the shell. `<!-- no-run: why -->` above a block leaves it out. What stands in a comment is no block.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ FENCED = re.compile(
     r"^(?:<!-- no-run: (?P<reason>[^\n]+) -->\n)?```(?P<language>\S[^\n]*)\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
+COMMENT = re.compile(r"<!--(?! no-run: ).*?-->", re.DOTALL)
 FILE = re.compile(r"# (\w+\.py)\n")
 
 
@@ -34,8 +34,13 @@ class Block(NamedTuple):
     reason: str | None  # why it is not run
 
 
+def visible(page: Path) -> str:
+    """The page without its comments (but for `no-run`), with as many lines."""
+    return COMMENT.sub(lambda comment: "\n" * comment[0].count("\n"), page.read_text())
+
+
 def blocks(page: Path) -> list[Block]:
-    text = page.read_text()
+    text = visible(page)
     return [
         Block(found["language"], found["code"], text.count("\n", 0, found.start("code")) + 1, found["reason"])
         for found in FENCED.finditer(text)

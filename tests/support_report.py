@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from doconv_convert.cli.report import render
+from doconv_convert.cli.report.render import render
 
 HOSTILE = "\"><script>alert(1)</script><img src=x onerror=alert(2)>'&amp;\u202e{{ 7 * 7 }}"
 COMMANDS = ("fold", "verify", "rehearse", "rehearse many", "to-doconv")

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from follow_docs import follow
 from support_cli import run_cli
-from support_docs import PAGES, ROOT, blocks, offline_weights, run, runnable
+from support_docs import PAGES, ROOT, blocks, offline_weights, run, runnable, visible
 
-from doconv_convert.artifacts import export_child
+from doconv_convert.artifacts.export import child_process
 
 # ImageNet's networks, or several processes.
 SLOW = {"README", "ci", "deployment", "fine_tuning", "lightning", "report", "timm_script", "torchrun"}
@@ -25,7 +25,7 @@ SLOW = {"README", "ci", "deployment", "fine_tuning", "lightning", "report", "tim
 NO_RUN = {
     "README": ".ci/run",
     "timm_script": "the script below it",
-    "report": "tests/cli/test_report.py, with two networks",
+    "report": "tests/cli/report/test_report.py, with two networks",
     "training": "recipes/torchrun.md",
 }
 
@@ -59,9 +59,9 @@ def in_process(code: str) -> None:
             assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
 
 
-def absolute(job: export_child.ExportJob) -> export_child.ExportJob:
+def absolute(job: child_process.ExportJob) -> child_process.ExportJob:
     """For an exporting child that is still in the folder of the test that started it."""
-    paths = {name: Path(value).absolute() for name in export_child._PATHS if (value := getattr(job, name)) is not None}
+    paths = {name: Path(value).absolute() for name in child_process._PATHS if (value := getattr(job, name)) is not None}
     text = str(Path(job.source.text).absolute()) if job.source.kind == "file" else job.source.text
     return replace(job, source=replace(job.source, text=text), **paths)
 
@@ -71,8 +71,8 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The reader's folder, from which Python imports their files."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    export = export_child.Child.export
-    monkeypatch.setattr(export_child.Child, "export", lambda self, job: export(self, absolute(job)))
+    export = child_process.Child.export
+    monkeypatch.setattr(child_process.Child, "export", lambda self, job: export(self, absolute(job)))
     before = set(sys.modules)
     yield tmp_path
     for name in set(sys.modules) - before:
@@ -87,6 +87,7 @@ def pages() -> list[object]:
 
 @pytest.mark.parametrize("page", pages())
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # lightning's own, under torch 2.14
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")  # training.md saves with one process
 def test_a_page_runs(page: Path, reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if page.stem == "lightning":
         pytest.importorskip("lightning", reason="not among the test extra: its own code warns under torch 2.14")
@@ -108,12 +109,15 @@ def test_the_python_of_the_readme(reader: Path) -> None:
 
 
 PAGE = """
-<!-- Theirs:
+<!-- Hidden:
+```python
+raise ValueError("no reader sees this")
+```
+-->
 ```python
 # theirs.py
 NUMBER = 3
 ```
--->
 
 <!-- no-run: takes a network -->
 ```sh
@@ -138,19 +142,19 @@ def test_what_a_block_is(reader: Path) -> None:
     page = reader / "page.md"
     page.write_text(PAGE)
     assert [(block.language, block.line, block.reason) for block in blocks(page)] == [
-        ("python", 4, None),
-        ("sh", 11, "takes a network"),
-        ("python", 15, None),
-        ("sh", 19, None),
-        ("python", 23, None),
+        ("python", 8, None),
+        ("sh", 14, "takes a network"),
+        ("python", 18, None),
+        ("sh", 22, None),
+        ("python", 26, None),
     ]
     heard: list[str] = []
     with pytest.raises(RuntimeError, match="3") as raised:
         run(page, heard.append)
-    assert raised.traceback[-1].lineno == 22  # from 0: the page's own line
+    assert raised.traceback[-1].lineno == 25  # from 0: the page's own line
     assert len(heard) == 1
     assert commands(heard[0]) == [["doconv-convert", "--version"], ["doconv-convert", "flops", "missing.onnx"]]
-    with pytest.raises(AssertionError, match=r"page.md, line 19: doconv-convert flops missing.onnx"):
+    with pytest.raises(AssertionError, match=r"page.md, line 22: doconv-convert flops missing.onnx"):
         run(page, in_process)
 
 
@@ -181,8 +185,13 @@ def test_every_block_is_of_a_known_kind(page: Path) -> None:
     """A block of another kind would never run, and nobody would notice."""
     found = blocks(page)
     assert {block.language for block in found} <= {"python", "sh", "yaml", "text"}
-    assert len(found) * 2 == sum(line.startswith("```") for line in page.read_text().splitlines())
+    assert len(found) * 2 == sum(line.startswith("```") for line in visible(page).splitlines())
     assert sum(block.reason is not None for block in found) == page.read_text().count("<!-- no-run")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_nothing_is_prepared_behind_the_readers_back(page: Path) -> None:
+    assert page.read_text().count("```") == visible(page).count("```")
 
 
 def test_few_blocks_are_left_out() -> None:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from doconv_convert import to_doconv
-from doconv_convert.artifacts.factories import load_module
-from doconv_convert.artifacts.sources import sample_models_folder
-from doconv_convert.check.runtime import run_onnx
+from doconv_convert.artifacts.sources.factories import load_module
+from doconv_convert.artifacts.sources.source import sample_models_folder
+from doconv_convert.check.outputs.session import run_onnx
 from doconv_convert.cli.app import app
 
 # After the few steps below D's entries have moved by 1e-3 and more; an unmoved D would prove nothing.

@@ -9,23 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from doconv_convert.artifacts.checkpoint import fitted, load_into
-from doconv_convert.artifacts.images import read_image
-from doconv_convert.artifacts.inputs import (
+from doconv_convert.artifacts.checkpoints.checkpoint import fitted, load_into
+from doconv_convert.artifacts.checkpoints.reading import INDEX_SUFFIX, read_checkpoint, require_finite
+from doconv_convert.artifacts.checkpoints.unwrap import Selection
+from doconv_convert.artifacts.sources.images import read_image
+from doconv_convert.artifacts.sources.inputs import (
+    Inputs,
     InputSpec,
-    example_inputs,
     forward_names,
     infer_inputs,
     parse_input_shape,
     takes_image_list,
 )
-from doconv_convert.artifacts.programs import fixed_batch, untied_notes
-from doconv_convert.artifacts.reading import INDEX_SUFFIX, read_checkpoint, require_finite
-from doconv_convert.artifacts.samples import in_order, is_image, read_samples, varied
-from doconv_convert.artifacts.selection import Selection
-from doconv_convert.artifacts.sources import Source, build, parse_source, pinned
+from doconv_convert.artifacts.sources.programs import fixed_batch, untied_notes
+from doconv_convert.artifacts.sources.samples import in_order, is_image, read_samples
+from doconv_convert.artifacts.sources.source import Source, build, parse_source, pinned
 from doconv_convert.errors import UsageError
 
 _CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
@@ -38,64 +38,6 @@ class Opened:
     model: nn.Module
     source: Source
     notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Example inputs: made up from `specs` for any batch, or the user's own samples. `fixed_batch` is the only
-    batch that the model takes (an exported program's)."""
-
-    specs: Sequence[InputSpec]
-    own: tuple[Tensor, ...] | None = None
-    fixed_batch: int | None = None
-
-    @property
-    def image_list(self) -> bool:
-        """Whether the model takes one list of images (torchvision's detectors)."""
-        return any(not spec.batched for spec in self.specs)
-
-    @property
-    def export_batch(self) -> int:
-        """Traced at 2, since 1 may be baked in; a detector takes its one image."""
-        return self.fixed_batch or (1 if self.image_list else 2)
-
-    @property
-    def proof_batch(self) -> int:
-        """Another batch than the traced one, so that a dynamic batch is seen to be one."""
-        return self.fixed_batch or (1 if self.image_list else 3)
-
-    def tensors(self, batch: int) -> tuple[Tensor, ...]:
-        """One tensor an input (a detector: one an image); the user's own samples are filled up to the batch
-        (`varied`)."""
-        if self.own is None:
-            specs = [*self.specs] * batch if self.image_list else self.specs
-            return example_inputs(specs, batch, seed=0)
-        filled = [torch.from_numpy(varied(t.numpy(), batch)) for t in self.own]
-        return tuple(filled[0]) if self.image_list else tuple(filled)
-
-    def resized(self, sizes: Sequence[Mapping[int, int]]) -> Inputs:
-        """Inputs like these, with other sizes: per input {axis: size}. The user's samples are repeated or cut."""
-        specs = [
-            replace(spec, shape=tuple(axes.get(axis, size) for axis, size in enumerate(spec.shape)))
-            for spec, axes in zip(self.specs, sizes, strict=True)
-        ]
-        if self.own is None:
-            return replace(self, specs=specs)
-        own = []
-        for tensor, axes, spec in zip(self.own, sizes, self.specs, strict=True):
-            for axis, size in axes.items():
-                place = axis if spec.batched else axis + 1
-                tensor = tensor.index_select(place, torch.arange(size) % tensor.shape[place])
-            own.append(tensor)
-        return replace(self, specs=specs, own=tuple(own))
-
-    def arguments(self, batch: int, like: nn.Module | None = None) -> tuple[Any, ...]:
-        """The model's positional arguments; floats in the dtype of the model `like`."""
-        tensors = self.tensors(batch)
-        dtype = next((p.dtype for p in like.parameters() if p.is_floating_point()), None) if like else None
-        if dtype is not None:
-            tensors = tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors)
-        return (list(tensors),) if self.image_list else tensors
 
 
 def is_checkpoint(text: str) -> bool:

@@ -36,8 +36,7 @@ def _print_versions(wanted: bool) -> None:
         return
     import platform
 
-    from doconv_convert import __version__
-    from doconv_convert.versions import LIBRARIES, library_versions
+    from doconv_convert.versions import LIBRARIES, __version__, library_versions
 
     typer.echo(f"doconv-convert {__version__}, Python {platform.python_version()}, {platform.platform()}")
     found = library_versions()

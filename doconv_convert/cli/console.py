@@ -26,7 +26,7 @@ from doconv_convert.errors import CheckFailedError, DoconvError, UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from doconv_convert.check.proof import Proof, Status
+    from doconv_convert.check.status import Proof, Status
     from doconv_convert.cli.github import GithubReport
 
 EXIT_ERROR, EXIT_USAGE, EXIT_CHECK_FAILED, EXIT_INTERRUPTED = 1, 2, 3, 130
@@ -34,7 +34,7 @@ EXIT_ERROR, EXIT_USAGE, EXIT_CHECK_FAILED, EXIT_INTERRUPTED = 1, 2, 3, 130
 _EXIT_CODES = {UsageError: EXIT_USAGE, CheckFailedError: EXIT_CHECK_FAILED, DoconvError: EXIT_ERROR}
 _SHOWN_FINDINGS = 8
 _LEAST_WIDTH = 12
-_STYLES = {"passed": "green", "failed": "bold red", "not checked": "yellow"}
+_STYLES = {"passed": "green", "failed": "bold red", "not checked": "yellow", "equivalent": "yellow"}
 
 
 class Format(str, Enum):
@@ -128,8 +128,7 @@ class Output:
         for name, state, lines in rows:
             if state == "failed":
                 self.annotate(f"{name}: {lines}")
-        verdict = "proven: true" if proof.proven else "proven: false"
-        self.say(f"{proof.file}: {verdict}")
+        self.say(f"{proof.file}: {proof.verdict}")
 
     def fail(self, error: BaseException, debug: bool, code: int, message: str | None = None) -> NoReturn:
         """Say what is wrong on stderr, and in the document; with --debug raise it."""

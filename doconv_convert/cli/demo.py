@@ -31,16 +31,16 @@ def demo(
 ) -> None:
     """Convert a small network, train it on real digits, fold it, export it, prove it."""
     with output(as_json, quiet, debug) as shown:
-        from doconv_convert.artifacts.checkpoint import save
-        from doconv_convert.artifacts.factories import load_module
-        from doconv_convert.artifacts.models import Inputs
-        from doconv_convert.artifacts.sources import build, parse_source
-        from doconv_convert.check.loaded import load_trained
-        from doconv_convert.check.release import release
-        from doconv_convert.check.start import require_same_start
+        from doconv_convert.artifacts.checkpoints.checkpoint import save
+        from doconv_convert.artifacts.sources.factories import load_module
+        from doconv_convert.artifacts.sources.inputs import Inputs
+        from doconv_convert.artifacts.sources.source import build, parse_source
+        from doconv_convert.check.torch_runs.exact_start import require_same_start
         from doconv_convert.rewrite.convert import to_doconv
         from doconv_convert.rewrite.plan import plan
         from doconv_convert.rewrite.sites import Options
+        from doconv_convert.workflows.fold import release
+        from doconv_convert.workflows.trained_model import load_trained
 
         _lay_out(folder)
         source = parse_source(f"{folder / 'digits.py'}:digits")
@@ -94,7 +94,7 @@ def demo(
 
 
 def _lay_out(folder: Path) -> None:
-    from doconv_convert.artifacts.sources import sample_models_folder
+    from doconv_convert.artifacts.sources.source import sample_models_folder
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -139,10 +139,10 @@ def _results(
     """(name, parameters, MACs, correct, accuracy, predictions) of the three forms of the network."""
     import torch
 
-    from doconv_convert.artifacts.checkpoint import load_strictly
-    from doconv_convert.artifacts.reading import read_checkpoint
-    from doconv_convert.artifacts.sources import build
-    from doconv_convert.check.runtime import run_onnx
+    from doconv_convert.artifacts.checkpoints.checkpoint import load_strictly
+    from doconv_convert.artifacts.checkpoints.reading import read_checkpoint
+    from doconv_convert.artifacts.sources.source import build
+    from doconv_convert.check.outputs.session import run_onnx
 
     plain = build(source)
     load_strictly(plain, read_checkpoint(folder / "plain.safetensors").state, "plain.safetensors")

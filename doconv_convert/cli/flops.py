@@ -13,7 +13,7 @@ from doconv_convert.cli.console import check_failed, output
 from doconv_convert.errors import UsageError
 
 if TYPE_CHECKING:
-    from doconv_convert.check.macs import MacCount
+    from doconv_convert.check.macs.counting import MacCount
 
 
 def flops(
@@ -41,7 +41,7 @@ def flops(
     """Count multiply-accumulates (MACs) of one sample; FLOPs = 2 x MACs."""
     as_json, github = o.chosen_format(form, as_json, model)
     with output(as_json, quiet, debug, {"counting": 1.0}, github=github) as shown:
-        from doconv_convert.check.macs import compare_counts, format_macs, parse_macs
+        from doconv_convert.check.macs.counting import compare_counts, format_macs, parse_macs
 
         most = None if budget is None else parse_macs(budget)
         sizes = o.parse_dims(dim)
@@ -97,7 +97,7 @@ def _counts(
     input_shape: list[str] | None,
 ) -> list[MacCount]:
     """Each model's count; a size counts where its dimension exists, and must do so in one of them."""
-    from doconv_convert.check.macs import count_macs, dynamic_dims
+    from doconv_convert.check.macs.counting import count_macs, dynamic_dims
 
     files = [model for model in models if Path(model).suffix == ".onnx"]
     known = {model: dynamic_dims(model) for model in files}
@@ -111,7 +111,7 @@ def _counts(
             bound = {name: size for name, size in sizes.items() if name in known[model]}
             counts.append(count_macs(model, bound, ignore or ()))
         else:
-            from doconv_convert.check.verify import count_source
+            from doconv_convert.workflows.verify import count_source
 
             counts.append(count_source(model, o.parse_model_args(model_args), input_shape or (), ignore or ()))
     return counts

@@ -13,7 +13,7 @@ from doconv_convert.cli.console import Output, check_failed, output
 from doconv_convert.errors import UsageError
 
 if TYPE_CHECKING:
-    from doconv_convert.artifacts.fold_keys import FoldedByKeys
+    from doconv_convert.artifacts.checkpoints.fold_by_keys import FoldedByKeys
 
 _STEPS = {"loading": 0.27, "folding": 0.03, "exporting": 0.66, "proving": 0.04}
 
@@ -55,7 +55,7 @@ def fold(
     debug: o.Debug = False,
 ) -> None:
     """Fold DO-Conv layers into ordinary convolutions; with --onnx export and prove that nothing changed."""
-    from doconv_convert.artifacts.export_child import waiting_children
+    from doconv_convert.artifacts.export.child_process import waiting_children
 
     # The exporting processes import torch while this one does too, and folds.
     children = 0 if onnx is None else 1 if no_verify else 2
@@ -66,15 +66,15 @@ def fold(
         if out == onnx:
             raise UsageError(f"fold: -o and --onnx both name '{out}', expected two files.")
         o.check_report(report, checkpoint, out, onnx)
-        from doconv_convert.artifacts.fold_keys import fold_foreign_file
+        from doconv_convert.artifacts.checkpoints.fold_by_keys import fold_foreign_file
+        from doconv_convert.artifacts.checkpoints.unwrap import Selection
         from doconv_convert.artifacts.models import Opened, find_inputs
-        from doconv_convert.artifacts.selection import Selection
-        from doconv_convert.artifacts.sources import parse_source
-        from doconv_convert.check.device import find_device
-        from doconv_convert.check.exporting import Flags
-        from doconv_convert.check.loaded import load_trained
-        from doconv_convert.check.release import release
+        from doconv_convert.artifacts.sources.source import parse_source
+        from doconv_convert.check.torch_runs.device import find_device
         from doconv_convert.rewrite.sites import Options
+        from doconv_convert.workflows.exports import Flags
+        from doconv_convert.workflows.fold import release
+        from doconv_convert.workflows.trained_model import load_trained
 
         where = find_device(device)
         selection = Selection(ema, prefix)

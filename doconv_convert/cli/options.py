@@ -83,7 +83,7 @@ def check_report(report: Path | None, *others: Path | None) -> None:
     """Refuse, before the work, a report that cannot be written or would replace one of the command's `others`."""
     if report is None:
         return
-    from doconv_convert.artifacts.files import check_writable
+    from doconv_convert.files import check_writable
 
     if report.resolve() in [path.resolve() for path in others if path is not None]:
         raise UsageError(f"--report names '{report}', another file of this command; expected a file of its own.")
@@ -93,7 +93,7 @@ def check_report(report: Path | None, *others: Path | None) -> None:
 def write_report(report: Path | None, command: str, shown: Output) -> None:
     """The page of the document so far, where one is asked for."""
     if report is not None:
-        from doconv_convert.cli.report import write_report
+        from doconv_convert.cli.report.render import write_report
 
         write_report(report, command, shown.document)
         shown.say(f"report: {report}")

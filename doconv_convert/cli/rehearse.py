@@ -40,8 +40,8 @@ def rehearse(
     """Rehearse conversion, fold, export and proof: a line a model, a status a step."""
     with output(as_json, quiet, debug) as shown:
         o.check_report(report, resume)
-        from doconv_convert.artifacts.zoos import expand
-        from doconv_convert.check.rehearsal import CANNOT_EXPORT
+        from doconv_convert.artifacts.sources.zoos import expand
+        from doconv_convert.workflows.rehearsal.result import CANNOT_EXPORT
 
         wanted = expand(sources)
         o.announce_code(shown, *wanted)
@@ -77,15 +77,15 @@ def rehearse(
 
 
 def _results(todo: list[str], settings: dict[str, Any], jobs: int) -> Iterator[dict[str, Any]]:
-    from doconv_convert.artifacts.export_child import waiting_children
-    from doconv_convert.check.rehearse import rehearse as run
+    from doconv_convert.artifacts.export.child_process import waiting_children
+    from doconv_convert.workflows.rehearsal.rehearse import rehearse as run
 
     if jobs == 1 or len(todo) < 2:
         with waiting_children(_children(settings) if todo else 0, reuse=True) as waiting:
             for text in todo:
                 yield run(text, **settings, waiting=waiting).to_json()
         return
-    from doconv_convert.cli.workers import rehearse_side_by_side
+    from doconv_convert.workflows.rehearsal.workers import rehearse_side_by_side
 
     yield from rehearse_side_by_side(todo, settings, jobs, _children(settings))
 

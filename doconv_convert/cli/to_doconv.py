@@ -53,16 +53,16 @@ def to_doconv(
     with output(as_json, quiet, debug, _STEPS) as shown:
         if out is None and not dry_run:
             raise UsageError("to-doconv: name the file to write with -o FILE, or pass --dry-run.")
-        from doconv_convert.artifacts.checkpoint import save
-        from doconv_convert.artifacts.files import check_writable
+        from doconv_convert.artifacts.checkpoints.checkpoint import save
+        from doconv_convert.artifacts.checkpoints.unwrap import Selection
         from doconv_convert.artifacts.models import find_inputs, open_model
-        from doconv_convert.artifacts.selection import Selection
-        from doconv_convert.check.device import find_device
-        from doconv_convert.check.start import require_same_function, require_same_start, run_in_eval
-        from doconv_convert.rewrite.authors import authors_sites
-        from doconv_convert.rewrite.continued import continue_foreign
+        from doconv_convert.check.torch_runs.device import find_device
+        from doconv_convert.check.torch_runs.exact_start import require_same_function, require_same_start, run_in_eval
+        from doconv_convert.files import check_writable
         from doconv_convert.rewrite.convert import to_doconv as convert
         from doconv_convert.rewrite.cost import cost
+        from doconv_convert.rewrite.foreign.authors import authors_sites
+        from doconv_convert.rewrite.foreign.resume import continue_foreign
         from doconv_convert.rewrite.plan import plan
         from doconv_convert.rewrite.sites import Options
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from doconv_convert.errors import DoconvError
 from doconv_convert.nn.composition import compose_kernel
-from doconv_convert.nn.overlay import read_factors, stored_kernels
-from doconv_convert.nn.stored import CachedKernel, refuse_shards
+from doconv_convert.nn.factors import CachedKernel, read_factors, refuse_shards
+from doconv_convert.nn.overlay import stored_kernels
 
 
 @dataclass

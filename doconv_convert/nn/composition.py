@@ -26,12 +26,16 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from doconv_convert.errors import UsageError
-from doconv_convert.nn import compiled
+from doconv_convert.nn import native
 from doconv_convert.nn.product import compiled_product, plus_product
 
 # Numbers in a piece of a kernel: 4 MiB of float64.
 PIECE = 2**19
 COMPOSITIONS = ("kernel", "feature", "auto")
+# Asked once: torch.compile of torch 2.11 cannot trace the question.
+_AUTOCAST_DEVICES = [
+    name for name in ("cpu", "cuda", "xpu", "mps", "hpu", "xla") if torch.amp.is_autocast_available(name)
+]
 
 
 def resolve_d_mul(d_mul: int | str, positions: int) -> int:
@@ -70,11 +74,11 @@ def compose_kernel(weight: Tensor, d: Tensor, weight_extra: Tensor | None = None
     """
     if isinstance(d, fx.Proxy):
         return _as_one_node(compose_kernel, weight, d, weight_extra, groups)
-    if weight_extra is None and weight.is_contiguous() and compiled.serves(d, groups, weight):
+    if weight_extra is None and weight.is_contiguous() and native.serves(d, groups, weight):
         return compiled_product(weight, d, groups)  # nothing to cast, copy or switch off
     device = weight.device.type
     # A context manager costs more than a small composition: enter it only where there is something to switch off.
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         dtype = torch.promote_types(torch.promote_types(weight.dtype, d.dtype), torch.float32)
         if dtype == torch.float64 and not _is_tracked(weight, d, weight_extra):

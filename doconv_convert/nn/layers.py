@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,17 +17,28 @@ from doconv_convert.nn.composition import (
     require_composition,
     resolve_d_mul,
 )
-from doconv_convert.nn.stored import CachedKernel, StoredKernel, load_factors, new_factors
+from doconv_convert.nn.factors import StoredKernel, new_factors
+from doconv_convert.nn.overlay import OverParameterized, first_slots, kernel_property
 
 
-class _DOConv(nn.modules.conv._ConvNd):
+class _DOConv(OverParameterized, nn.modules.conv._ConvNd):
     """What the three layers share. Always mixed in before one of torch's own convolution classes."""
 
     plain_class: ClassVar[type[nn.modules.conv._ConvNd]]
     D: nn.Parameter | None
     weight_extra: nn.Parameter | None
     composition: str
-    _cached_kernels: dict[str, CachedKernel] | None = None
+    __jit_unused_properties__: ClassVar[list[str]] = [
+        *OverParameterized.__jit_unused_properties__,
+        *("weight", "weight_first_slots", "kind", "d_mul"),
+    ]
+    if not TYPE_CHECKING:  # a Tensor to mypy, as torch declares it
+        weight = kernel_property("weight")
+
+    @property
+    def weight_first_slots(self) -> Tensor:
+        """W's first K slots, (C_out, C_in/g, *kernel_size): the Parameter called `weight` in `parameters()`."""
+        return first_slots(self, "weight")  # type: ignore[no-any-return]
 
     def __init__(
         self,
@@ -110,16 +121,17 @@ class _DOConv(nn.modules.conv._ConvNd):
         name: str = "",
     ) -> None:
         """Add a fresh D (zero) and, where D_mul > K, weight_extra to the plain parameters."""
-        positions = self.weight.shape[2:].numel()
+        weight = self.weight_first_slots
+        positions = weight.shape[2:].numel()
         resolved = resolve_d_mul(d_mul, positions)
         require_composition(composition)
         if resolved < positions:
-            shape = "x".join(map(str, self.weight.shape[2:]))
+            shape = "x".join(map(str, weight.shape[2:]))
             where = f"'{name}': " if name else ""
             raise UsageError(f"{where}d_mul must be at least {positions} ({shape} kernel), got {resolved}.")
         d, extra = None, None
         if positions > 1 or pointwise:
-            d, extra = new_factors(self.weight, self.groups, resolved, seed, name)
+            d, extra = new_factors(weight, self.groups, resolved, seed, name)
         self.composition = composition
         self.register_parameter("D", d)
         self.register_parameter("weight_extra", extra)
@@ -130,8 +142,9 @@ class _DOConv(nn.modules.conv._ConvNd):
         conv.__dict__.update(self.__dict__)
         conv.__dict__["_parameters"] = dict(self._parameters)
         del conv._parameters["D"], conv._parameters["weight_extra"], conv.__dict__["composition"]
-        kernel = fold_kernel(self.weight, self.D, self.weight_extra, self.groups).to(self.weight)
-        conv._parameters["weight"] = nn.Parameter(kernel, requires_grad=self.weight.requires_grad)
+        weight = self.weight_first_slots
+        kernel = fold_kernel(weight, self.D, self.weight_extra, self.groups).to(weight)
+        conv._parameters["weight"] = nn.Parameter(kernel, requires_grad=weight.requires_grad)
         return conv
 
     @property
@@ -144,16 +157,18 @@ class _DOConv(nn.modules.conv._ConvNd):
         """D_mul; 1 for a 1x1 kernel without D."""
         return 1 if self.D is None else self.D.shape[2]
 
-    @property
+    @property  # type: ignore[override]
     def stored_kernels(self) -> tuple[StoredKernel, ...]:
-        return () if self.D is None else (StoredKernel("weight", self.groups),)
+        has_d = self._parameters.get("D") is not None or self.__dict__.get("D") is not None  # the latter in a replica
+        return (StoredKernel("weight", self.groups),) if has_d else ()
 
     def effective_kernel(self) -> Tensor:
-        """The ordinary kernel this layer convolves with, (C_out, C_in/g, *kernel_size), differentiable."""
+        """The ordinary kernel this layer convolves with, (C_out, C_in/g, *kernel_size), differentiable: `weight` as
+        an ordinary tensor."""
         if self._cached_kernels is not None:
             return self._cached_kernels["weight"].read()
-        d = self.D
-        return self.weight if d is None else compose_kernel(self.weight, d, self.weight_extra, self.groups)
+        weight, d = self.weight_first_slots, self.D
+        return weight if d is None else compose_kernel(weight, d, self.weight_extra, self.groups)
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve (B, C_in, *size) or (C_in, *size), as the plain layer does."""
@@ -164,7 +179,7 @@ class _DOConv(nn.modules.conv._ConvNd):
                 return tracer.create_proxy("call_module", path, (input,), {})
         d = self.D
         if d is None:
-            return self._conv_forward(input, self.weight, self.bias)
+            return self._conv_forward(input, self.weight_first_slots, self.bias)
         if self.composition != "kernel" and self.takes_features(input):
             return self._convolve_features(input, d)
         return self._conv_forward(input, self.effective_kernel(), self.bias)
@@ -178,7 +193,8 @@ class _DOConv(nn.modules.conv._ConvNd):
             return self.composition == "feature"
         if not self.training or self._cached_kernels is not None or isinstance(x, fx.Proxy):
             return False
-        outputs, spatial = x.shape[0] if x.dim() == self.weight.dim() else 1, len(self.kernel_size)
+        spatial = len(self.kernel_size)
+        outputs = x.shape[0] if x.dim() == 2 + spatial else 1
         pads = self._pads()
         for axis in range(1, spatial + 1):  # from the last, as the pads are
             padded = x.shape[-axis] + pads[2 * axis - 2] + pads[2 * axis - 1]
@@ -196,37 +212,20 @@ class _DOConv(nn.modules.conv._ConvNd):
         if any(pads):
             x = F.pad(x, pads, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
         return convolve_features(
-            x, self.weight, d, self.weight_extra, self.bias, self.stride, self.dilation, self.groups
+            x, self.weight_first_slots, d, self.weight_extra, self.bias, self.stride, self.dilation, self.groups
         )
 
     def reset_parameters(self) -> None:
         """The plain layer's initialisation; D becomes zero and weight_extra is drawn anew (seed 0, no name)."""
         super().reset_parameters()
-        with torch.no_grad():
-            if self._parameters.get("D") is not None:
-                self._parameters["D"].zero_()  # type: ignore[union-attr]
-            extra = self._parameters.get("weight_extra")
-            if extra is not None:
-                extra.copy_(draw_weight_extra(extra.shape, self.weight.shape[2:].numel(), 0, ""))
+        extra = self._parameters.get("weight_extra")
+        if extra is not None:
+            with torch.no_grad():
+                extra.copy_(draw_weight_extra(extra.shape, self.weight_first_slots.shape[2:].numel(), 0, ""))
 
     def extra_repr(self) -> str:
         plain = super().extra_repr()  # type: ignore[no-untyped-call]
         return f"{plain}, d_mul={self.d_mul}, kind={self.kind}"
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        load_factors(self, self.stored_kernels, state_dict, prefix, local_metadata, missing_keys)
 
 
 class DOConv1d(_DOConv, nn.Conv1d):
@@ -239,13 +238,15 @@ class DOConv2d(_DOConv, nn.Conv2d):
     """`torch.nn.Conv2d` whose kernel is k = D^ W (arXiv 2006.12030, kernel composition). A new layer computes
     exactly what a plain one with its `weight` and `bias` does. Its parameters, for K kernel positions, in one dtype:
 
-        weight        (C_out, C_in/g, height, width)   the first K slots of W; not the kernel that convolves
+        weight        (C_out, C_in/g, height, width)   the first K slots of W
         D             (C_in, K, D_mul)                 zero at first: D^ = [I | 0] + D; None for a 1x1 kernel
         weight_extra  (C_out, C_in/g, D_mul - K)       W's other slots; None where D_mul = K
         bias          (C_out,)                         as in Conv2d
 
-    `effective_kernel()` is k, in `weight`'s shape and dtype; `kind` its name in the paper. Conv2d's arguments in its
-    order, then `d_mul`, `composition` and `pointwise`, by keyword.
+    As an *attribute*, `weight` is k, the kernel that convolves: a read composes it, whatever is written there becomes
+    the kernel (W := it, D := 0). The Parameter of that name is read as `weight_first_slots`. `effective_kernel()` is k
+    as an ordinary tensor, `kind` the layer's name in the paper. Conv2d's arguments in its order, then `d_mul`,
+    `composition` and `pointwise`, by keyword.
 
     Raises UsageError where D_mul < K, or for an unknown composition; ValueError as Conv2d does.
 

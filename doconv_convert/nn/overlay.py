@@ -1,7 +1,8 @@
-"""Over-parameterized kernels on any class: a run-time subclass on which reading the kernel composes it.
+"""Over-parameterized kernels on any class: a subclass on which the attribute named like the kernel is a property.
 
-`torch.nn.utils.parametrize` would rename the keys, change the parameter order and forbid pickling. Here W
-and D stay ordinary entries of `_parameters`; only the attribute named like the kernel is a property.
+A read composes, a write sets the kernel (`kernel_view`). `torch.nn.utils.parametrize` would rename the keys, change
+the parameter order and forbid pickling. Here W and D stay ordinary entries of `_parameters`. DOConv2d is such a
+subclass with a constructor; `overlay` makes one at run time for any other class.
 """
 
 from __future__ import annotations
@@ -9,13 +10,138 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, fx, nn
 
+from doconv_convert.errors import DoconvError, UsageError
 from doconv_convert.nn.composition import compose_kernel
-from doconv_convert.nn.stored import StoredKernel, load_factors
+from doconv_convert.nn.factors import CachedKernel, StoredKernel, load_factors, renew_d, set_kernel
+from doconv_convert.nn.kernel_view import KernelView, refusal, source_module, view_kernel
+
+
+class OverParameterized(nn.Module):
+    """What every over-parameterized class mixes in before the class it extends. `stored_kernels` are its kernels."""
+
+    stored_kernels: tuple[StoredKernel, ...]
+    _cached_kernels: dict[str, CachedKernel] | None = None
+    __jit_unused_properties__: ClassVar[list[str]] = ["stored_kernels", "qconfig"]
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """A Parameter that is assigned as the kernel becomes W, and D a new zero; weight_extra stays.
+
+        Raises DoconvError or UsageError for a kernel in another shape or of another layer, and for tools that move
+        the kernel elsewhere (pruning, weight norm).
+        """
+        kernel = _kernel_called(self, name)
+        if kernel is None:
+            if isinstance(param, KernelView) and source_module(param) is self:
+                raise refusal(self, self.stored_kernels[0], f"it cannot be moved to '{name}'")
+            super().register_parameter(name, param)
+            return
+        current = self._parameters.get(name)
+        if _is_sharded(param) or _is_sharded(current):
+            self._parameters[name] = param  # what FSDP2 does itself where a class has no __setattr__
+            return
+        if param is None:
+            raise refusal(self, kernel, "it cannot be None")
+        if isinstance(param, KernelView):
+            _set_from(self, kernel, param)
+            return
+        if current is not None and param.shape != current.shape:
+            raise UsageError(
+                f"'{name}' of {type(self).__name__}: expected the shape {tuple(current.shape)}, got "
+                f"{tuple(param.shape)}; call fold(model) before changing shapes."
+            )
+        super().register_parameter(name, param)
+        renew_d(self, kernel, param)
+
+    def __delattr__(self, name: str) -> None:
+        for kernel in self.stored_kernels:
+            if name in (kernel.name, kernel.d_name, kernel.extra_name):
+                raise refusal(self, kernel, f"'{name}' cannot be deleted or parametrized")
+        super().__delattr__(name)
+
+    @property
+    def qconfig(self) -> Any:
+        """None, or absent: torch.ao's quantization would leave the layer as it is, without a word."""
+        if "qconfig" not in self.__dict__:
+            raise AttributeError("qconfig")
+        return self.__dict__["qconfig"]
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        if value is not None and self.stored_kernels:
+            raise refusal(self, self.stored_kernels[0], "torch.ao's quantization does not know such a layer")
+        self.__dict__["qconfig"] = value
+
+    @qconfig.deleter
+    def qconfig(self) -> None:
+        self.__dict__.pop("qconfig", None)
+
+    def __prepare_scriptable__(self) -> Any:
+        """Called by torch.jit.script. Raises DoconvError."""
+        name = self.stored_kernels[0].name if self.stored_kernels else "weight"
+        raise DoconvError(
+            f"'{name}' of {type(self).__name__}: torch.jit.script cannot compile an over-parameterized layer; script "
+            "the folded model: torch.jit.script(fold(model))."
+        )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        *rest: Any,
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
+        load_factors(self, self.stored_kernels, state_dict, prefix, local_metadata, missing_keys)
+
+
+def kernel_property(name: str) -> property:
+    """The attribute `name`: the composed kernel (W itself where there is no D)."""
+
+    def read(module: OverParameterized) -> Any:
+        if name not in module._parameters:
+            raise AttributeError(f"'{type(module).__name__}' object has no attribute '{name}'")
+        kernel = _kernel_called(module, name)
+        if kernel is None:
+            return first_slots(module, name)
+        if _wants_shards(module, name):
+            return module._parameters[name]
+        if module._cached_kernels is not None:
+            composed: Any = module._cached_kernels[name].read()
+        else:
+            composed = _composed(module, kernel)
+        return view_kernel(module, kernel, composed)
+
+    def write(module: OverParameterized, value: Any) -> None:
+        # nn.Module's __setattr__ takes what is assigned to a registered Parameter. A DataParallel replica has none.
+        if not getattr(module, "_is_replica", False):
+            raise refusal(module, StoredKernel(name, 1), "it is no longer among the layer's parameters")
+        module._parameters[name] = value
+
+    return property(read, write)
+
+
+def slots_property(name: str) -> property:
+    """W's first K slots of the kernel `name`."""
+    return property(lambda module: first_slots(module, name))
+
+
+def first_slots(module: nn.Module, name: str) -> Any:
+    """W's first K slots, or what a tracer hands out for them."""
+    # Looked up at each call: torch.fx patches this very method to record reads of parameters.
+    weight = nn.Module.__getattr__(module, name)
+    if isinstance(weight, fx.Proxy):
+        # A GraphModule copies by attribute access what its graph reads: let it find W, not the composed kernel.
+        owner, _, attribute = str(weight.node.target).rpartition(".")
+        if attribute == name:  # fx hands out one proxy for every read
+            weight.node.target = f"{owner}.{StoredKernel(name, 1).slots_name}".lstrip(".")
+    return weight
 
 
 def overlay(module: nn.Module, kernels: Sequence[StoredKernel]) -> None:
@@ -45,107 +171,67 @@ def stored_kernels(module: nn.Module) -> tuple[StoredKernel, ...]:
     return getattr(module, "stored_kernels", ()) if ours else ()
 
 
-def read_factors(module: nn.Module, kernel: StoredKernel) -> tuple[Tensor, Tensor, Tensor | None]:
-    """W's first slots, D and weight_extra of one kernel."""
-    parameters = module._parameters
-    weight, d = parameters[kernel.name], parameters[kernel.d_name]
-    if weight is None or d is None:
-        raise RuntimeError(f"'{kernel.name}' of {type(module).__name__} has lost its tensors.")
-    return weight, d, parameters.get(kernel.extra_name)
+def _kernel_called(module: OverParameterized, name: str) -> StoredKernel | None:
+    return next((kernel for kernel in module.stored_kernels if kernel.name == name), None)
 
 
-def _read(module: nn.Module, name: str) -> Any:
-    """A parameter, or what a tracer hands out for it."""
-    # Looked up at each call: torch.fx patches this very method to record reads of parameters.
-    return nn.Module.__getattr__(module, name)
+def _composed(module: nn.Module, kernel: StoredKernel) -> Any:
+    try:
+        factors = first_slots(module, kernel.name), getattr(module, kernel.d_name)
+        extra = getattr(module, kernel.extra_name, None)
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+            # An inference tensor counts no versions, and a write would not be seen.
+            with torch.inference_mode(False), torch.no_grad():
+                return compose_kernel(*factors, extra, kernel.groups)
+        return compose_kernel(*factors, extra, kernel.groups)
+    except AttributeError as error:  # it would make Python fall back to __getattr__: W, uncomposed
+        raise RuntimeError(f"'{kernel.name}' could not be composed: {error}") from error
 
 
-def _first_slots(module: nn.Module, kernel: StoredKernel) -> Any:
-    """W's first K slots."""
-    weight = _read(module, kernel.name)
-    if isinstance(weight, fx.Proxy):
-        # A GraphModule copies by attribute access what its graph reads: let it find W, not the composed kernel.
-        owner, _, attribute = str(weight.node.target).rpartition(".")
-        if attribute == kernel.name:  # fx hands out one proxy for every read
-            weight.node.target = f"{owner}.{kernel.slots_name}".lstrip(".")
-    return weight
+def _is_sharded(tensor: Tensor | None) -> bool:
+    return type(tensor).__module__.startswith("torch.distributed")
 
 
-def _kernel_property(kernel: StoredKernel) -> property:
-    def composed(module: nn.Module) -> Tensor:
-        extra = _read(module, kernel.extra_name) if kernel.extra_name in module._parameters else None
-        return compose_kernel(_first_slots(module, kernel), _read(module, kernel.d_name), extra, kernel.groups)
-
-    def getter(module: nn.Module) -> Tensor:
-        if module._cached_kernels is not None:
-            return module._cached_kernels[kernel.name].read()  # type: ignore[index,union-attr,no-any-return]
-        weight = module._parameters.get(kernel.name)
-        sharded = not torch.compiler.is_compiling() and type(weight).__module__.startswith("torch.distributed")
-        if sharded and _called_by_engine():
-            return cast("Tensor", weight)
-        try:
-            return composed(module)
-        except AttributeError as error:  # it would make Python fall back to __getattr__: W, uncomposed
-            raise RuntimeError(f"'{kernel.name}' could not be composed: {error}") from error
-
-    return property(getter)
-
-
-def _called_by_engine() -> bool:
-    """Whether torch.distributed itself reads or sets the attribute. FSDP2 swaps shards and whole parameters by
-    `getattr` and `setattr`, its state dicts look them up: under the kernel's name they mean W."""
+def _wants_shards(module: nn.Module, name: str) -> bool:
+    """Whether torch.distributed itself reads the attribute. FSDP2 swaps shards and whole parameters by `getattr` and
+    `setattr`, its state dicts look them up: under the kernel's name they mean W."""
+    if torch.compiler.is_compiling() or not _is_sharded(module._parameters[name]):
+        return False
     caller = sys._getframe(2).f_globals.get("__name__", "")
     return str(caller).startswith("torch.distributed.")
 
 
-def _slots_property(kernel: StoredKernel) -> property:
-    return property(lambda module: _first_slots(module, kernel))
+def _set_from(module: nn.Module, kernel: StoredKernel, view: KernelView) -> None:
+    """`layer.weight *= 2` ends with an assignment of what was read. Another layer's kernel would look tied, and not
+    be."""
+    if source_module(view) is not module:
+        raise UsageError(
+            f"'{kernel.name}' of {type(module).__name__}: got the kernel of another over-parameterized layer; tie "
+            "layers before to_doconv, or assign a copy: nn.Parameter(other.weight.detach().clone())."
+        )
+    with torch._C.DisableTorchFunctionSubclass():
+        set_kernel(module, kernel, view)
 
 
 @functools.cache
 def _overlay_class(base: type[nn.Module], kernels: tuple[StoredKernel, ...]) -> type[nn.Module]:
-    d_names = {kernel.name: kernel.d_name for kernel in kernels}
-
-    def __setattr__(self: nn.Module, name: str, value: Any) -> None:
-        if name in d_names and _called_by_engine():
-            self._parameters[name] = value  # what FSDP2 does itself where a class has no __setattr__
-            return
-        base.__setattr__(self, name, value)
-        # A new kernel is a new start. D is replaced, not zeroed in place: an engine that swaps parameters in and
-        # out assigns the kernel and then its own D, and must find that untouched.
-        d = self._parameters.get(d_names.get(name, ""))
-        if d is not None and isinstance(value, nn.Parameter):
-            self._parameters[d_names[name]] = nn.Parameter(torch.zeros_like(d), requires_grad=d.requires_grad)
-
-    def _load_from_state_dict(
-        self: nn.Module,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        *rest: Any,
-    ) -> None:
-        base._load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *rest)
-        load_factors(self, kernels, state_dict, prefix, local_metadata, missing_keys)
-
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         _, arguments, *rest = cast("tuple[Any, ...]", base.__reduce_ex__(self, max(2, int(protocol))))
         return (_new_overlaid, (base, kernels, *arguments[1:]), *rest)
 
+    names = [name for kernel in kernels for name in (kernel.name, kernel.slots_name)]
+    unused = [*OverParameterized.__jit_unused_properties__, *getattr(base, "__jit_unused_properties__", []), *names]
     members: dict[str, Any] = {
         "__module__": base.__module__,
         "__doc__": base.__doc__,
-        "__setattr__": __setattr__,
         "__reduce_ex__": __reduce_ex__,
-        "_load_from_state_dict": _load_from_state_dict,
+        "__jit_unused_properties__": unused,
         "_overlay_base": base,
-        "_cached_kernels": None,
         "stored_kernels": kernels,
-        **{kernel.name: _kernel_property(kernel) for kernel in kernels},
-        **{kernel.slots_name: _slots_property(kernel) for kernel in kernels},
+        **{kernel.name: kernel_property(kernel.name) for kernel in kernels},
+        **{kernel.slots_name: slots_property(kernel.name) for kernel in kernels},
     }
-    return type(f"DO{base.__name__}", (base,), members)
+    return type(f"DO{base.__name__}", (OverParameterized, base), members)
 
 
 def _new_overlaid(base: type[nn.Module], kernels: tuple[StoredKernel, ...], *arguments: Any) -> nn.Module:

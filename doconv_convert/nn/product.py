@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from doconv_convert.nn import compiled
+from doconv_convert.nn import native
 
 
 def plus_product(first: Tensor, slots: Tensor, d: Tensor, groups: int) -> Tensor:
     """first[o, j, p] + sum_s D[c, p, s] slots[o, j, s], with c the input channel that slot j of output o reads."""
-    if slots is first and compiled.serves(d, groups, first):
+    if slots is first and native.serves(d, groups, first):
         return compiled_product(first, d, groups)
     return by_torch(first, slots, d, groups)
 
@@ -31,14 +31,14 @@ class _Compiled(torch.autograd.Function):
     def forward(ctx: Any, first: Tensor, d: Tensor, groups: int) -> Tensor:
         ctx.save_for_backward(first, d)
         ctx.groups = groups
-        return compiled.compose(first, d, groups)
+        return native.compose(first, d, groups)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         (first, d), groups, gradient = ctx.saved_tensors, ctx.groups, gradients[0]
         # Where gradients are on, this gradient will be differentiated itself.
-        serves = not torch.is_grad_enabled() and compiled.serves(d, groups, gradient, first)
-        return *(compiled.differentiate if serves else differentiated)(gradient, first, d, groups), None
+        serves = not torch.is_grad_enabled() and native.serves(d, groups, gradient, first)
+        return *(native.differentiate if serves else differentiated)(gradient, first, d, groups), None
 
 
 def differentiated(gradient: Tensor, first: Tensor, d: Tensor, groups: int) -> tuple[Tensor, Tensor]:

@@ -99,10 +99,14 @@ def convert(discovery: Discovery, options: Options) -> None:
 
 
 def require_sites(discovery: Discovery) -> None:
-    """Raises DoconvError where there is no DO-Conv site and none to make, with the reasons."""
-    if any(site.action is not Action.KEEP for site in discovery.sites):
+    """Raises DoconvError where there is no DO-Conv site and none to make, with the reasons; also where only 1x1 layers
+    would change and a part of the model was not looked into, which may have all the others."""
+    sites = discovery.sites
+    if any(site.action is Action.ALREADY or site.d_mul is not None for site in sites):
         return
-    reasons = Counter(site.reason.value for site in discovery.sites if site.reason is not None)
+    if any(site.action is Action.CONVERT for site in sites) and not discovery.not_looked_into:
+        return
+    reasons = Counter("1x1 (no D)" if site.reason is None else site.reason.value for site in sites)
     told = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "it has no convolution"
     unseen = ", ".join(f"'{path or 'the model itself'}'" for path in discovery.not_looked_into)
     hint = f" Not looked into: {unseen}; pass example_inputs." if unseen else ""
@@ -110,7 +114,7 @@ def require_sites(discovery: Discovery) -> None:
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Raises DoconvError for DDP, FSDP and compiled models: their engines hold the old parameters."""
+    """Raises DoconvError for DDP, FSDP, compiled and scripted models: their engines hold the old parameters."""
     wrappers = {
         "DistributedDataParallel": "wrap the converted model instead: DDP(to_doconv(model))",
         "DataParallel": "wrap the converted model instead",
@@ -119,6 +123,11 @@ def refuse_wrapped(model: nn.Module) -> None:
         "OptimizedModule": "compile the converted model instead: torch.compile(to_doconv(model))",
     }
     for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise DoconvError(
+                f"'{path or type(model).__name__}' is a TorchScript module already; convert the Python model, and script "
+                "the folded one: torch.jit.script(fold(model))."
+            )
         for base in type(module).__mro__:
             if base.__name__ in wrappers and base.__module__.startswith("torch."):
                 raise DoconvError(
@@ -142,11 +151,24 @@ def copy_model(model: nn.Module) -> nn.Module:
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     try:
-        return copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, memo)
     except Exception as error:  # a user's module may refuse in any way
         raise DoconvError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); pass inplace=True."
         ) from error
+    _restore_modes(model, copied)
+    return copied
+
+
+def _restore_modes(model: nn.Module, copied: nn.Module) -> None:
+    """Give a copy the `training` flags of its model: the copies of GraphModules come back in training mode."""
+    flags = [module.training for module in model.modules()]
+    modules = list(copied.modules())
+    for module, training in zip(modules, flags, strict=True):
+        if module.training != training:
+            module.train(training)  # torchvision's feature extractors change graphs here
+    for module, training in zip(modules, flags, strict=True):
+        module.training = training
 
 
 def same_outputs(a: Any, b: Any) -> bool:

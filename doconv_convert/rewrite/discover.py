@@ -13,16 +13,18 @@ from torch.nn.parameter import UninitializedParameter
 
 from doconv_convert.nn.layers import DOCONV_CLASSES
 from doconv_convert.nn.overlay import is_overlaid, stored_kernels
-from doconv_convert.rewrite.graphs import (
+from doconv_convert.rewrite.fx_graph import (
+    ancestors,
     functional_calls,
     kernel_origin,
     kernel_parameter,
     parameter_read,
-    reads_metadata,
+    spatial_sources,
 )
-from doconv_convert.rewrite.measure import Forward, Watched, watch_forward
+from doconv_convert.rewrite.observe import Forward, Watched, watch_forward
 from doconv_convert.rewrite.sites import Action, Owner, Reason, Site
-from doconv_convert.rewrite.tracing import Region, find_regions, trace
+from doconv_convert.rewrite.tracing import WRITTEN, Region, find_regions, trace
+from doconv_convert.rewrite.writes import graph_writes
 
 _PLAIN = tuple(DOCONV_CLASSES)
 _QUANTISED = ("torch.ao.nn.", "torch.nn.quantized", "torch.nn.intrinsic", "torch.nn.qat")
@@ -68,6 +70,12 @@ class _Sites:
         site = self.by_key.setdefault((owner.name, reason), Site([owner], None))
         site.keep(reason)
         return site
+
+    def keep_written(self, parameters: set[int]) -> None:
+        """Over-parameterized, these would start anew at every forward."""
+        for key in parameters & self.by_key.keys():
+            if self.by_key[key].action is not Action.ALREADY:
+                self.by_key[key].keep(Reason.WRITTEN)
 
     def in_order(self) -> list[Site]:
         return sorted(self.by_key.values(), key=lambda site: self.order.get(site.owners[0].path, len(self.order)))
@@ -141,7 +149,8 @@ def _already(sites: _Sites, path: str, module: nn.Module) -> None:
 
 
 def kernel_role(conv: nn.Module) -> tuple[Reason | None, int]:
-    """Whether a Conv layer of any class convolves with its own `weight` (None), and with how many groups.
+    """Whether a Conv layer of any class convolves with its own `weight`, or with a kernel that it computes from that
+    (None), and with how many groups.
 
     A class that keeps torch's forward does. Any other is traced alone; where fx cannot follow, it is run
     once on a small input and watched.
@@ -154,29 +163,49 @@ def kernel_role(conv: nn.Module) -> tuple[Reason | None, int]:
         plain._conv_forward,
     ) and "forward" not in conv.__dict__:
         return None, groups
-    graph = trace(conv, training=False)
+    graph, training = (trace(conv, training=mode) for mode in (False, True))
+    if any(id(conv._parameters["weight"]) in written_in(gm) for gm in (graph, training) if gm is not None):
+        return Reason.WRITTEN, groups
     calls = list(functional_calls(graph.graph)) if graph is not None else []
     if graph is None or not calls:
         return _probe(conv, groups)
-    origins = [kernel_origin(graph, call.kernel) for call in calls]
-    reason = next((origin for origin in origins if isinstance(origin, Reason)), None)
-    if reason is None and not any(origin is conv.weight for origin in origins):
-        reason = Reason.COMPUTED
-    return reason, calls[0].groups or groups
+    reasons = [_kernel_reason(graph, conv, call.kernel) for call in calls]
+    return next((reason for reason in reasons if reason is not None), None), calls[0].groups or groups
+
+
+def _kernel_reason(graph: fx.GraphModule, conv: nn.Module, kernel: fx.Node) -> Reason | None:
+    """None where the kernel is the layer's `weight`, or computed from it and no other kernel."""
+    weight, origin = conv._parameters["weight"], kernel_origin(graph, kernel)
+    if origin is Reason.COMPUTED:
+        reads = [parameter_read(graph, node) for node in ancestors(kernel)]
+        alone = all(source is weight for source in spatial_sources(graph, kernel))
+        return None if alone and any(read is weight for read in reads) else Reason.COMPUTED
+    if isinstance(origin, Reason):
+        return origin
+    return None if origin is weight else Reason.COMPUTED
+
+
+def written_in(gm: fx.GraphModule) -> set[int]:
+    """The ids of the parameters that a traced forward writes."""
+    lasting: set[int] = gm.meta.get(WRITTEN, set())
+    return lasting | {id(parameter) for parameter in graph_writes(gm)}
 
 
 def _probe(conv: Any, groups: int) -> tuple[Reason | None, int]:
-    weight = conv.weight
+    weight = conv._parameters["weight"]
     size = [2 * (k - 1) * d + 4 for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
     sample = torch.zeros(2, conv.in_channels, *size, dtype=weight.dtype, device=weight.device)
     try:
         forward = watch_forward(conv, sample)
     except Exception:  # a class that will not take an image: what it does with its kernel stays its own affair
         return Reason.COMPUTED, groups
+    if id(weight) in forward.written:
+        return Reason.WRITTEN, groups
     watched = forward.by_parameter.get(id(weight))
-    if watched is not None and not forward.odd_kernels:
+    odd = [kernel.reason for kernel in forward.odd_kernels if kernel.parameter != id(weight)]
+    if watched is not None and not odd:
         return None, min(watched.groups)
-    return (forward.odd_kernels[0][1] if forward.odd_kernels else Reason.COMPUTED), groups
+    return (odd[0] if odd else Reason.COMPUTED), groups
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -188,8 +217,9 @@ def _read_graph(sites: _Sites, model: nn.Module, region: Region, gm: fx.GraphMod
     for call in sorted(functional_calls(gm.graph), key=lambda call: call.transposed):
         origin = Reason.TRANSPOSED if call.transposed else kernel_origin(gm, call.kernel)
         if isinstance(origin, Reason):
-            if id(kernel_parameter(gm, call.kernel)) in sites.by_key:
-                continue  # a transposed call with the kernel of an ordinary convolution: that one's site
+            known = [kernel_parameter(gm, call.kernel), *spatial_sources(gm, call.kernel)]
+            if origin is not Reason.INPUT_DEPENDENT and any(id(parameter) in sites.by_key for parameter in known):
+                continue  # a transposed call with a convolution's kernel, or one computed from it: that one's site
             sites.without_parameter(_caller(model, region, call.node, call.kernel), origin)
         elif origin is None:
             _already_composed(sites, gm, call.kernel)
@@ -202,9 +232,7 @@ def _read_graph(sites: _Sites, model: nn.Module, region: Region, gm: fx.GraphMod
             weight = gm.get_submodule(str(node.target))._parameters.get("weight")
             if weight is not None and id(weight) in sites.by_key:
                 sites.by_key[id(weight)].seen_in_graph = True
-        elif (known := sites.by_key.get(id(parameter_read(gm, node)))) is not None and not region.is_own:
-            # In a graph of the user's own the read is rewritten; anywhere else the attribute has to answer.
-            known.read_elsewhere |= not all(map(reads_metadata, node.users))
+    sites.keep_written(written_in(gm))
 
 
 def _already_composed(sites: _Sites, gm: fx.GraphModule, composition: fx.Node) -> None:
@@ -233,17 +261,17 @@ def _read_forward(sites: _Sites, forward: Forward, paths: dict[int, str]) -> Non
         site.calls = 0 if site.parameter is not None else site.calls
     known = [(sites.by_key[key], watched) for key, watched in forward.by_parameter.items() if key in sites.by_key]
     for key, watched in forward.by_parameter.items():
-        if key not in sites.by_key:
+        if key not in sites.by_key and watched.direct:
             parameter = sites.owners[key][0].module._parameters[sites.owners[key][0].kernel]
             if parameter is not None:
                 known.append((sites.of_parameter(parameter), watched))
     for site, watched in known:
         _record(site, watched)
-    for key in forward.read_elsewhere & sites.by_key.keys():
-        sites.by_key[key].read_elsewhere = True
-    for module, reason, _ in forward.odd_kernels:
+    sites.keep_written(forward.written)
+    for module, reason, source in forward.odd_kernels:
         path = paths.get(id(module), "")
-        if not any(owner.path == path for site in sites.by_key.values() for owner in site.owners):
+        listed = any(owner.path == path for site in sites.by_key.values() for owner in site.owners)
+        if not listed and source not in sites.by_key:
             sites.without_parameter(Owner(path, module, "weight"), reason)
 
 

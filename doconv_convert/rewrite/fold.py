@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from doconv_convert.nn.stored import refuse_shards
-from doconv_convert.rewrite.authors import fold_authors
+from doconv_convert.nn.factors import refuse_shards
 from doconv_convert.rewrite.convert import copy_model
-from doconv_convert.rewrite.foreign import Foreign, find_foreign, replace_foreign
-from doconv_convert.rewrite.passes import fold_kernels
+from doconv_convert.rewrite.foreign.authors import authors_sites, fold_authors
+from doconv_convert.rewrite.foreign.by_graph import Foreign, find_foreign, replace_foreign
+from doconv_convert.rewrite.passes import fold_kernels, kernel_factors
+
+logger = logging.getLogger(__name__)
+
+NO_D_TRAINED = "No D was trained: every D is exactly zero. Was the optimizer built before the conversion?"
 
 
 @dataclass
 class FoldReport:
     """The folded model, the names of the kernels composed in it, ours and those told by a file's keys (each passed the
-    per-site check), and foreign layers folded by graph."""
+    per-site check), foreign layers folded by graph, and what the user should know."""
 
     model: nn.Module
     folded: list[str] = field(default_factory=list)
     foreign: list[Foreign] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
 
     @property
     def by_graph(self) -> list[str]:
@@ -60,15 +67,29 @@ def fold(
     """
     refuse_shards(model, "save it with torch.distributed.checkpoint and fold that folder")
     model = model if inplace else copy_model(model)
-    return fold_in_place(model, constant_kernels=constant_kernels, check_first=inplace).model
+    report = fold_in_place(model, constant_kernels=constant_kernels, check_first=inplace)
+    for note in report.notes:
+        logger.warning(note)
+    return report.model
 
 
 def fold_in_place(model: nn.Module, *, constant_kernels: bool = False, check_first: bool = True) -> FoldReport:
     """Fold `model` itself. `check_first` composes every kernel once more up front, so that an error leaves the
     model untouched; a caller who throws the model away on an error saves that."""
+    every_d = _every_d(model)
     units = fold_authors(model)
     foreign = find_foreign(model, constant_kernels)
     folded, _ = fold_kernels(model, check_first)
     replace_foreign(model, foreign)
     root = next((one.conv for one in foreign if one.name == "" and one.conv is not None), model)
-    return FoldReport(root, [*units, *folded], foreign)
+    return FoldReport(root, [*units, *folded], foreign, untrained_notes(every_d))
+
+
+def untrained_notes(every_d: Sequence[Tensor]) -> tuple[str, ...]:
+    """A sentence for the user where there are Ds and each is exactly zero: a fact, not an error."""
+    return (NO_D_TRAINED,) if every_d and not any(bool(d.any()) for d in every_d) else ()
+
+
+def _every_d(model: nn.Module) -> list[Tensor]:
+    authors = (site.factors[1].D for site in authors_sites(model))
+    return [*(factors.d for factors in kernel_factors(model)), *(d for d in authors if d is not None)]

@@ -7,9 +7,9 @@ from typing import Any
 from torch import fx, nn
 
 from doconv_convert.errors import DoconvError
+from doconv_convert.nn.factors import StoredKernel, new_factors
 from doconv_convert.nn.layers import DOCONV_CLASSES
 from doconv_convert.nn.overlay import is_overlaid, overlay, remove_overlay, stored_kernels
-from doconv_convert.nn.stored import StoredKernel, new_factors
 from doconv_convert.rewrite.discover import is_plain
 from doconv_convert.rewrite.sites import Options, Site
 
@@ -56,7 +56,7 @@ def install(site: Site, options: Options) -> bool:
         module, kernel = owner.module, StoredKernel(owner.kernel, site.group_count)
         if type(module) in _PLAIN_OF or kernel in stored_kernels(module):
             continue
-        if is_plain(module) and not (site.read_elsewhere and site.d_mul is not None):
+        if is_plain(module):
             layer: Any = module
             layer.__class__ = DOCONV_CLASSES[type(module)]
             layer.composition = options.composition

@@ -9,9 +9,10 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from doconv_convert.errors import DoconvError
 from doconv_convert.nn.composition import compose_kernel
-from doconv_convert.nn.stored import SLOTS_SUFFIX, StoredKernel
+from doconv_convert.nn.factors import SLOTS_SUFFIX, StoredKernel
+from doconv_convert.nn.overlay import stored_kernels
 from doconv_convert.rewrite.discover import discover
-from doconv_convert.rewrite.folding import (
+from doconv_convert.rewrite.fold_kernels import (
     Factors,
     assign_folded,
     folded_rows,
@@ -19,7 +20,7 @@ from doconv_convert.rewrite.folding import (
     restore_layers,
     unique,
 )
-from doconv_convert.rewrite.graphs import composition_nodes, parameter_read
+from doconv_convert.rewrite.fx_graph import composition_nodes, parameter_read
 from doconv_convert.rewrite.install import (
     factors,
     install,
@@ -97,14 +98,13 @@ class ToDOConvPass(PassBase):
 def _insert_composition(gm: fx.GraphModule, read: fx.Node, site: Site, options: Options) -> bool:
     """Compose between a Parameter and its readers; whether that changed anything."""
     path, _, name = str(read.target).rpartition(".")
-    owner = gm.get_submodule(path)
+    owner, kernel = gm.get_submodule(path), StoredKernel(name, site.group_count)
     if any(user.target is compose_kernel for user in read.users):
         return False
     if not is_graph_storage(owner):
         changed = install(site, options)
-        if not isinstance(getattr(owner, name), nn.Parameter):
+        if kernel in stored_kernels(owner):
             return changed  # the attribute itself composes now
-    kernel = StoredKernel(name, site.group_count)
     d, extra = factors(site, options)
     if kernel.d_name not in owner._parameters:
         register_factors(owner, kernel, d, extra)

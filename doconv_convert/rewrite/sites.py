@@ -20,6 +20,7 @@ class Reason(enum.Enum):
     BLUR_FILTER = "blur filter (buffer)"
     INPUT_DEPENDENT = "input-dependent kernel"
     COMPUTED = "computed from parameters by its own class"
+    WRITTEN = "written by its own forward"
     PARAMETRISED = "already parametrised"
     LAZY = "lazy"
     QUANTISED = "quantised"
@@ -68,7 +69,6 @@ class Site:
     action: Action = Action.CONVERT
     d_mul: int | None = None
     seen_in_graph: bool = False
-    read_elsewhere: bool = False
     rewritten: bool = False
     calls: int | None = None
     output_size: tuple[int, ...] | None = None

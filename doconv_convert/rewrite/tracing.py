@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+import operator
 import random
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from doconv_convert.rewrite.graphs import has_unknown_groups
+from doconv_convert.rewrite.fx_graph import has_unknown_groups
+from doconv_convert.rewrite.writes import Writes, is_view_of_parameter
+
+# In a traced graph's `meta`: the ids of parameters that were written for good while it was traced.
+WRITTEN = "doconv_convert.written"
 
 
 class SiteTracer(fx.Tracer):
@@ -22,6 +27,32 @@ class SiteTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, (_ConvNd, fx.GraphModule)) or super().is_leaf_module(m, module_qualified_name)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+
+class _Proxy(fx.Proxy):
+    """Records writes into parameters that torch.fx loses (`weight.data = x`) or refuses (`weight[0] = x`)."""
+
+    def __getattr__(self, name: str) -> Any:
+        return _Attribute(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Set by fx itself while the proxy is made: `node`, `tracer`, ...
+        if name == "data" and is_view_of_parameter(self.node):
+            self.tracer.create_proxy("call_function", setattr, (self, name, value), {})
+        else:
+            object.__setattr__(self, name, value)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if not is_view_of_parameter(self.node):
+            raise TypeError("'Proxy' object does not support item assignment")
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+class _Attribute(_Proxy, fx.proxy.Attribute):
+    """What a proxy gives for an attribute: `weight.data`."""
 
 
 @dataclass
@@ -86,17 +117,21 @@ def trace(module: nn.Module, training: bool) -> fx.GraphModule | None:
     """One symbolic trace of `module` in the given mode, or None where fx cannot follow it."""
     if "forward" in module.__dict__:
         return None  # fx would follow the forward of the class instead
-    tracer = SiteTracer()
+    tracer, writes = SiteTracer(), Writes(module)
     with undisturbed(module):
         for child in module.modules():
             child.training = training
         try:
-            graph = tracer.trace(module)
+            with writes:
+                graph = tracer.trace(module)
             graph.lint()
             traced = fx.GraphModule(tracer.root, graph)
+            traced.meta[WRITTEN] = writes.written
             return None if has_unknown_groups(traced) else traced
         except Exception:  # a user's forward may raise anything on a proxy; the caller enters the children instead
             return None
+        finally:
+            writes.undo()
 
 
 @contextmanager
@@ -125,3 +160,13 @@ def _copy_containers(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         name: (value, copy.copy(value) if type(value) in (dict, list, set, OrderedDict) else None)
         for name, value in attributes.items()
     }
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def in_eval(model: M) -> M:
+    """`model` itself with every module in eval mode."""
+    for module in model.modules():
+        module.training = False
+    return model

@@ -16,13 +16,17 @@ from support_cli import tiny, trained_sample
 from torch import Tensor, nn
 
 from doconv_convert import UsageError, fold, verify
-from doconv_convert.artifacts.onnx_export import export_onnx
-from doconv_convert.check.against import compare_files
-from doconv_convert.check.proof import Proof, Status, TorchSide, check_coverage, check_outputs, prove
-from doconv_convert.check.torch_side import torch_side
+from doconv_convert.artifacts.export.exporter import export_onnx
+from doconv_convert.check.compare_files import compare_files
+from doconv_convert.check.coverage import check_coverage
+from doconv_convert.check.onnxruntime_run import check_outputs
+from doconv_convert.check.outputs.expected import TorchSide
+from doconv_convert.check.proof import prove
+from doconv_convert.check.status import Proof, Status
+from doconv_convert.check.torch_runs.reference_run import torch_side
 from doconv_convert.errors import DoconvError
 from doconv_convert.nn.composition import compose_kernel
-from doconv_convert.rewrite import folding
+from doconv_convert.rewrite import fold_kernels
 
 FOLDED = Status("fold", "passed", "kernels agree")
 # fp32 rounding in this net gives 9.5e-7; held against unrounded kernels a bfloat16 model would get about 1e-2.
@@ -230,7 +234,7 @@ def test_rows_of_d_that_go_to_the_wrong_channel_are_caught_at_each_site(monkeypa
 
     for name in ("residual", "grouped", "tied"):
         fold(trained_sample(name))  # the control
-    monkeypatch.setattr(folding, "fold_kernel", swapped)
+    monkeypatch.setattr(fold_kernels, "fold_kernel", swapped)
     for name in ("residual", "grouped", "tied"):
         with pytest.raises(DoconvError, match=r"composition differ by \d"):
             fold(trained_sample(name))
@@ -304,7 +308,7 @@ def test_blind_kernels_count_only_with_the_fold_and_equal_bytes() -> None:
 def test_two_onnx_files(proven: Proven, tmp_path: Path) -> None:
     inputs = [IMAGES.numpy()]
     proof = compare_files(proven.baseline, proven.candidate, inputs)
-    assert states(proof) == dict.fromkeys(["graph", "macs", "outputs"], "passed")
+    assert states(proof) == dict.fromkeys(["graph", "weights", "macs", "outputs"], "passed")
     for damage, expected in (
         (channel_zeroed, {"outputs"}),
         (nan_in_a_kernel, {"outputs"}),

@@ -11,8 +11,8 @@ import torch
 from support_cli import TINY, names, run_cli, tiny, trained_tiny, write_model
 from torch import nn
 
-from doconv_convert.check import exporting
 from doconv_convert.errors import DoconvError, UsageError
+from doconv_convert.workflows import exports
 
 OLD = b"an older output"
 
@@ -209,7 +209,7 @@ def no_export(*_: object, **__: object) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input_is_told_in_words_and_nothing_is_lost(desk: Desk, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporting, "export_in_child", no_export)
+    monkeypatch.setattr(exports, "export_in_child", no_export)
     wanted = CASES[case]
     wanted.prepare(desk.files)
     before = names(desk.files), names(desk.out)

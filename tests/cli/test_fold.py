@@ -12,12 +12,17 @@ import torch
 from safetensors.torch import load_file, load_model
 from support import build_model, difference, sample_source, signature, varied_images
 from support_cli import names, run_cli, tiny, tiny_file, trained_sample, trained_tiny, write_model, write_sample
+from support_foreign import rebuild, wrapped
+from torch import nn
 
-from doconv_convert import fold
+from doconv_convert import fold, to_doconv
+from doconv_convert.artifacts.export import onnx_file
 from doconv_convert.artifacts.models import Opened, find_inputs
-from doconv_convert.artifacts.sources import parse_source
-from doconv_convert.check import exporting, proof, release
-from doconv_convert.check.torch_side import torch_side
+from doconv_convert.artifacts.sources.source import parse_source
+from doconv_convert.check import status
+from doconv_convert.check.torch_runs.reference_run import torch_side
+from doconv_convert.workflows import exports
+from doconv_convert.workflows import fold as fold_workflow
 
 # Two fp32 implementations of one of these nets; the proof's own bound is about 1e-6.
 SAME = 1e-5
@@ -97,6 +102,27 @@ def test_a_plain_checkpoint_has_nothing_to_fold(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, state[key]) for key, tensor in load_file(tmp_path / "plain.safetensors").items())
 
 
+def test_a_checkpoint_whose_every_d_is_zero_says_so(tmp_path: Path) -> None:
+    """A fact, not an error: the optimizer may have known no D, or the layers were frozen on purpose."""
+    write_model(to_doconv(tiny(tmp_path)), tmp_path / "zero.pth")
+    write_model(trained_tiny(tmp_path), tmp_path / "trained.pth")
+    foreign = rebuild(tiny(tmp_path))
+    for name, parameter in foreign.named_parameters():
+        if name.endswith(".D"):
+            nn.init.zeros_(parameter)
+    torch.save(wrapped(foreign), tmp_path / "foreign.pth")
+    model = ["--model", f"{tiny_file(tmp_path)}:tiny"]
+    for name, options, expected in (
+        ("zero", model, True),
+        ("trained", model, False),
+        ("foreign", model, True),
+        ("foreign", [], True),
+    ):
+        result = run_cli("fold", tmp_path / f"{name}.pth", *options, "-o", tmp_path / "plain.safetensors", "--json")
+        assert result.exit_code == 0, result.stderr
+        assert any(note.startswith("No D was trained") for note in json.loads(result.stdout)["notes"]) is expected
+
+
 def test_folding_what_is_folded_gives_the_same_bytes(tmp_path: Path) -> None:
     write_model(trained_tiny(tmp_path), tmp_path / "a.safetensors")
     options = ["--model", f"{tiny_file(tmp_path)}:tiny"]
@@ -128,13 +154,11 @@ def no_exports(monkeypatch: pytest.MonkeyPatch) -> None:
         reports = []
         for job in jobs:
             job.path.write_bytes(b"a model")
-            reports.append(exporting.ExportReport(str(job.path), 20, [], [], "dynamo", True, False))
+            reports.append(exports.ExportReport(str(job.path), 20, [], [], "dynamo", True, False))
         return reports
 
-    monkeypatch.setattr(exporting, "export_in_child", export)
-    monkeypatch.setattr(
-        release, "install_model", lambda finished, target: Path(target).write_bytes(finished.read_bytes())
-    )
+    monkeypatch.setattr(exports, "export_in_child", export)
+    monkeypatch.setattr(onnx_file, "_data_files", lambda path: set())
 
 
 @pytest.mark.usefixtures("no_exports")
@@ -145,8 +169,8 @@ def test_a_failed_check_writes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     out.mkdir()
     (out / "m.onnx").write_bytes(b"old")
     (out / "plain.safetensors").write_bytes(b"old")
-    found = proof.Status("graph", state, "the graph was looked at", ("one difference",))  # type: ignore[arg-type]
-    monkeypatch.setattr(release, "prove", lambda candidate, *_: proof.Proof(str(candidate), [found]))
+    found = status.Status("graph", state, "the graph was looked at", ("one difference",))  # type: ignore[arg-type]
+    monkeypatch.setattr(fold_workflow, "prove", lambda candidate, *_: status.Proof(str(candidate), [found]))
     result = run_cli("fold", path, *options, "--onnx", out / "m.onnx", "-o", out / "plain.safetensors")
     assert result.exit_code == (0 if state == "passed" else 3)
     assert f"proven: {str(state == 'passed').lower()}" in result.stdout

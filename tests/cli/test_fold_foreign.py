@@ -13,7 +13,7 @@ from support_cli import names, run_cli, tiny, tiny_file
 from support_foreign import Authors, rebuild, wrapped
 from torch import Tensor, nn
 
-from doconv_convert.artifacts.sources import build, parse_source
+from doconv_convert.artifacts.sources.source import build, parse_source
 
 # Two fp32 implementations of one of these nets against float64; the proof's own bounds are up to 7e-5 (resnext50).
 SAME = 1e-4

@@ -15,14 +15,15 @@ from support import varied_images
 from support_cli import names, read_file, run_cli
 
 from doconv_convert import save, to_doconv
-from doconv_convert.artifacts.inputs import InputSpec
-from doconv_convert.artifacts.models import Inputs, find_inputs, open_model
-from doconv_convert.artifacts.sources import build, parse_source
-from doconv_convert.check import exporting
-from doconv_convert.check.device import find_device, full_precision
-from doconv_convert.check.lively import make_lively
-from doconv_convert.check.proof import TorchSide, check_resized
+from doconv_convert.artifacts.models import find_inputs, open_model
+from doconv_convert.artifacts.sources.inputs import Inputs, InputSpec
+from doconv_convert.artifacts.sources.source import build, parse_source
+from doconv_convert.check.onnxruntime_run import check_resized
+from doconv_convert.check.outputs.expected import TorchSide
+from doconv_convert.check.torch_runs.device import find_device, full_precision
 from doconv_convert.errors import DoconvError, UsageError
+from doconv_convert.workflows import exports
+from doconv_convert.workflows.rehearsal.randomize import make_lively
 
 NETS = """
 import torch
@@ -252,7 +253,7 @@ BAD: dict[str, tuple[list[str], int, list[str]]] = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_inputs_are_told_in_words(desk: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporting, "export_in_child", lambda *_, **__: [])
+    monkeypatch.setattr(exports, "export_in_child", lambda *_, **__: [])
     x = onnx.helper.make_tensor_value_info("x", 1, ["n", 3])
     y = onnx.helper.make_tensor_value_info("y", 1, ["n", 3])
     node = onnx.helper.make_node("Relu", ["x"], ["y"])

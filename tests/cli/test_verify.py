@@ -11,8 +11,8 @@ from support import build_model, make_lively, sample_source, varied_images
 from support_cli import ExportsHere, run_cli, run_python, trained_sample, write_sample
 
 from doconv_convert import fold
-from doconv_convert.artifacts import export_child
-from doconv_convert.artifacts.onnx_export import export_onnx
+from doconv_convert.artifacts.export import child_process
+from doconv_convert.artifacts.export.exporter import export_onnx
 
 # Its forward asks for the batch, so that the exporter fixes it.
 STATIC = """
@@ -48,7 +48,7 @@ print("loaded", *sorted({"torch", "torchvision", "onnx", "onnxruntime", "onnxscr
 
 @pytest.fixture(autouse=True)
 def exports_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export_child, "Child", ExportsHere)
+    monkeypatch.setattr(child_process, "Child", ExportsHere)
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +93,34 @@ def test_against_the_checkpoint(files: Path, candidate: str, failed: set[str]) -
 
 
 def test_against_a_source_without_weights_nothing_is_proven(files: Path) -> None:
-    result = run_cli("verify", files / "good.onnx", "--against", sample_source("residual"))
-    assert result.exit_code == 0
-    assert "proven: false" in result.stdout
-    assert "not checked" in result.stdout
-    assert run_cli("verify", files / "unfolded.onnx", "--against", sample_source("residual")).exit_code == 3
+    against = ["--against", sample_source("residual")]
+    for options, code in (([], 3), (["--graph-only"], 0)):
+        result = run_cli("verify", files / "good.onnx", *against, *options)
+        assert result.exit_code == code
+        assert "proven: false" in result.stdout
+        assert "not checked" in result.stdout
+    assert run_cli("verify", files / "unfolded.onnx", *against, "--graph-only").exit_code == 3
+
+
+def test_other_weights_with_equal_outputs_are_equivalent_and_not_proven(files: Path, tmp_path: Path) -> None:
+    model = onnx.load(files / "good.onnx")
+    tensor = model.graph.initializer[0]
+    values = numpy_helper.to_array(tensor).copy()
+    values.flat[0] = np.nextafter(values.flat[0], np.float32(1))
+    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    onnx.save(model, tmp_path / "other.onnx")
+    for options, code in (([], 3), (["--equivalent"], 0)):
+        result = run_cli("verify", tmp_path / "other.onnx", "--against", files / "good.onnx", "--json", *options)
+        assert result.exit_code == code
+        said = json.loads(result.stdout)
+        assert (said["proven"], said["equivalent"], said["failed"]) == (False, True, False)
+        (weights,) = (status for status in said["statuses"] if status["name"] == "weights")
+        assert weights["state"] == "equivalent"
+        assert tensor.name in weights["findings"][0]
+    result = run_cli("verify", tmp_path / "other.onnx", "--against", files / "good.onnx")
+    assert "proven: false, equivalent on these inputs" in result.stdout
+    result = run_cli("verify", files / "jiggled.onnx", "--against", files / "good.onnx", "--equivalent")
+    assert result.exit_code == 3
 
 
 def test_against_a_source_with_the_trained_weights(files: Path) -> None:

@@ -9,13 +9,13 @@ from support import build_model, difference, randomise, run, signature, varied_i
 from torch import Tensor, nn
 
 from doconv_convert import DoconvError, fold, to_doconv
-from doconv_convert.check.lively import composing_in_float64
 from doconv_convert.errors import CheckFailedError
 from doconv_convert.nn import composition
 from doconv_convert.nn.composition import row_pieces
 from doconv_convert.nn.layers import fold_kernel
-from doconv_convert.rewrite import folding
-from doconv_convert.rewrite.folding import FOLD_TOLERANCE, composition_error, folded_rows, layer_factors
+from doconv_convert.rewrite import fold_kernels
+from doconv_convert.rewrite.fold_kernels import FOLD_TOLERANCE, composition_error, folded_rows, layer_factors
+from doconv_convert.workflows.rehearsal.randomize import composing_in_float64
 
 # Over the sample models with random factors: the largest seen was 1.2e-15.
 SEEN = 5e-15
@@ -66,7 +66,7 @@ def test_a_wrong_fold_is_caught(wrong: Any, piece: int, monkeypatch: pytest.Monk
         assert composition_error(factors, fold_kernel(factors.weight, factors.d, factors.extra, factors.groups)) < SEEN
         assert composition_error(factors, wrong(factors.weight, factors.d, factors.extra, factors.groups)) > 1e-9
     before, expected = copy.deepcopy(model.state_dict()), signature(model)
-    monkeypatch.setattr(folding, "fold_kernel", wrong)
+    monkeypatch.setattr(fold_kernels, "fold_kernel", wrong)
     with pytest.raises(DoconvError, match=r"'stem': kernel and feature composition differ by .*; nothing was folded"):
         fold(model, inplace=True)
     assert signature(model) == expected
@@ -84,7 +84,7 @@ def test_the_last_piece_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(1)
         return (swapped if len(calls) == len(pieces) else fold_kernel)(weight, d, extra, groups)
 
-    monkeypatch.setattr(folding, "fold_kernel", wrong_at_last)
+    monkeypatch.setattr(fold_kernels, "fold_kernel", wrong_at_last)
     given = folded_rows(factors)
     for _ in pieces[:-1]:
         next(given)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from doconv_convert import DoconvError, fold
-from doconv_convert.artifacts.checkpoint import load_into
-from doconv_convert.artifacts.reading import read_checkpoint
+from doconv_convert.artifacts.checkpoints.checkpoint import load_into
+from doconv_convert.artifacts.checkpoints.reading import read_checkpoint
 
 # One process sums a batch in another order than two; the largest difference seen is 3e-16.
 ROUNDING = 1e-12

@@ -1,0 +1,1 @@
+"""Checkpoints: what is read and written, ours and other people's."""

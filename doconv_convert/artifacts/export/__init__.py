@@ -1,0 +1,1 @@
+"""The export to ONNX, in a child process or in this one."""

@@ -1,0 +1,1 @@
+"""Sources: what builds a model, and the inputs it takes."""

@@ -1,0 +1,1 @@
+"""Certificates: written beside an ONNX file, checked again without torch."""

@@ -1,0 +1,184 @@
+"""A certificate: everything a proof found about an ONNX file, in one JSON document beside it.
+
+    out.onnx    out.certificate.json    out.reference.npz (inputs and float64 outputs: side_file.py)
+
+Its digest covers the document's own content, so that a changed figure is noticed; it is no signature: whoever makes
+a file can make its certificate. certificate.schema.json describes the format. Importing this needs no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from platform import python_version
+from typing import TYPE_CHECKING, Any
+
+from doconv_convert.check.certificate.side_file import describe_inputs, describe_outputs, write_reference
+from doconv_convert.check.macs.counting import MacCount
+from doconv_convert.check.onnx_files.model import external_files, onnx_input_shapes
+from doconv_convert.check.outputs.expected import TorchSide
+from doconv_convert.check.proof import dynamic_sizes
+from doconv_convert.check.status import Proof, without_nan
+from doconv_convert.errors import CheckFailedError, DoconvError
+from doconv_convert.files import atomic_write, content_hash
+from doconv_convert.versions import __version__, library_versions
+
+if TYPE_CHECKING:
+    from doconv_convert.artifacts.sources.source import Source
+
+FORMAT = "doconv-convert certificate"
+VERSION = 1
+SCHEMA = Path(__file__).with_name("certificate.schema.json")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a file comes from: the trained checkpoint (a file or a folder), its network, and how it was exported."""
+
+    checkpoint: Path
+    source: Source
+    opset: int
+    exporter: str
+
+
+def certificate_path(onnx: Path) -> Path:
+    return onnx.with_name(f"{onnx.stem}.certificate.json")
+
+
+def reference_path(onnx: Path) -> Path:
+    return onnx.with_name(f"{onnx.stem}.reference.npz")
+
+
+def remove_certificate(onnx: Path) -> None:
+    """Delete the certificate of an earlier file at `onnx`."""
+    for path in (certificate_path(onnx), reference_path(onnx)):
+        path.unlink(missing_ok=True)
+
+
+def write_certificate(onnx: Path, proof: Proof, side: TorchSide, origin: Origin) -> list[Path]:
+    """Write the side file and the certificate of the finished file `onnx`, returned in this order; the same file and
+    proof, the same bytes.
+
+    `side` is what the proof compared. Hashes are taken of `onnx` as it is: call this where nobody else writes, and move
+    all of them to their places together. Raises DoconvError where a place cannot be written or the proof does not hold.
+    """
+    if not proof.proven or proof.count is None:
+        raise DoconvError(f"'{onnx}' is not proven: no certificate is written.")
+    write_reference(reference_path(onnx), side)
+    content = _content(onnx, proof, proof.count, side, origin)
+    content = {**content, "digest": digest(content)}
+    path = certificate_path(onnx)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(_rendered(content))
+    return [reference_path(onnx), path]
+
+
+def read_certificate(path: Path) -> dict[str, Any]:
+    """The content of a certificate whose digest is right.
+
+    Raises CheckFailedError where the document is damaged or was edited, DoconvError where there is none or it is
+    of a later version.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DoconvError(f"the certificate '{path}' cannot be read ({error.strerror}).") from error
+    try:
+        content = json.loads(data.decode("utf-8"), parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise CheckFailedError(f"'{path}' is not JSON: it was changed after it was written ({error}).") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckFailedError(f'\'{path}\' is no certificate of doconv-convert: expected "format": "{FORMAT}".')
+    unchanged = data.replace(b"\r\n", b"\n") == _rendered(content)  # as git checks text out on Windows
+    found, expected = content.pop("digest", None), digest(content)
+    if found != expected:
+        raise CheckFailedError(
+            f"'{path}' was changed after it was written: its content has the digest {expected}, it says {found}."
+        )
+    if not unchanged:
+        raise CheckFailedError(f"'{path}' was changed after it was written, in the spelling of a value.")
+    if content.get("version") != VERSION:
+        raise DoconvError(
+            f"'{path}' is a certificate of version {content.get('version')}, expected {VERSION}: "
+            "use the doconv-convert that wrote it."
+        )
+    return content
+
+
+def digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of the content's canonical JSON: keys in order, no spaces, ASCII."""
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return f"sha256:{hashlib.sha256(canonical.encode('ascii')).hexdigest()}"
+
+
+def _no_number(text: str) -> None:
+    """Python reads NaN and Infinity, which JSON does not have."""
+    raise ValueError(f"'{text}' is no number")
+
+
+def _rendered(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode("ascii")
+
+
+def file_hashes(onnx: Path) -> dict[str, Any]:
+    """The hashes of an ONNX file and of the files with its external data, named as the file names them."""
+    external = [{"name": name, "sha256": content_hash(onnx.parent / name)} for name in external_files(onnx)]
+    return {"name": onnx.name, "sha256": content_hash(onnx), "external": external}
+
+
+def _content(onnx: Path, proof: Proof, count: MacCount, side: TorchSide, origin: Origin) -> dict[str, Any]:
+    counted = asdict(count)
+    names = list(onnx_input_shapes(onnx))
+    described = describe_outputs([check.name for check in proof.outputs], side)
+    figures = [
+        {key: getattr(check, key) for key in ("error", "plain_error", "bound", "largest", "variation", "agreeing")}
+        for check in proof.outputs
+    ]
+    content: dict[str, Any] = without_nan(
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "tool": {"name": "doconv-convert", "version": __version__},
+            "libraries": {"python": python_version(), **library_versions()},
+            "source": _source(origin.source),
+            "checkpoint": _checkpoint(origin.checkpoint),
+            "onnx": {**file_hashes(onnx), "opset": origin.opset, "exporter": origin.exporter},
+            "proven": proof.proven,
+            "checks": [asdict(status) for status in proof.statuses],
+            "macs": {
+                "unit": "MACs",
+                "total": count.total,
+                "dims": dynamic_sizes(onnx, side.inputs),
+                "nodes": counted["nodes"],
+                "uncounted": counted["uncounted"],
+                "assumed": counted["assumed"],
+            },
+            "outputs": {
+                "reference": {"name": reference_path(onnx).name, "sha256": content_hash(reference_path(onnx))},
+                "samples": side.samples,
+                "inputs": describe_inputs(names, side),
+                "tensors": [{**one, **more} for one, more in zip(described, figures, strict=True)],
+                "detections": [dict(group) for group in side.detections],
+            },
+            "coverage": dict(proof.reach),
+        }
+    )
+    return content
+
+
+def _source(source: Source) -> dict[str, Any]:
+    """The source as the user wrote it; of a file its name and hash, since its folder is a matter of the machine."""
+    if source.kind not in ("file", "program"):
+        return source.to_json()
+    path = Path(source.place if source.kind == "file" else source.text)
+    text = f"{path.name}:{source.name}" if source.kind == "file" else path.name
+    return {"source": text, "args": dict(source.args), "sha256": content_hash(path)}
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
+    named = [(one.relative_to(path).as_posix() if path.is_dir() else one.name, one) for one in files]
+    return {"name": path.name, "files": [{"name": name, "sha256": content_hash(one)} for name, one in named]}

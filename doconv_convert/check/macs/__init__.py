@@ -1,0 +1,1 @@
+"""Multiply-accumulates of an ONNX graph, as exact integers."""

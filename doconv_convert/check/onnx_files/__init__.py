@@ -1,0 +1,1 @@
+"""ONNX files read and compared; nothing is run."""

@@ -1,0 +1,84 @@
+"""The outputs' status: onnxruntime against the reference run. Importing this needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from doconv_convert.check.outputs.compare import FLOOR, ONNX_BOUND, OutputCheck, compare_outputs
+from doconv_convert.check.outputs.detections import in_order_of
+from doconv_convert.check.outputs.expected import TorchSide
+from doconv_convert.check.outputs.reruns import other_runs
+from doconv_convert.check.outputs.session import OnnxSession
+from doconv_convert.check.status import Status
+from doconv_convert.errors import DoconvError
+
+_T = TypeVar("_T")
+
+
+def check_outputs(candidate: Path, side: TorchSide) -> tuple[Status, list[OutputCheck]]:
+    """onnxruntime against the float64 run of the trained model."""
+    if side.fold is not None and side.fold.random is not None:
+        detail = (
+            "the network is not deterministic: two runs in eval mode on the same inputs differ, so there is nothing to "
+            "compare with; turn off what is random there (dropout, noise)"
+        )
+        return Status("outputs", "failed", detail, (side.fold.random,)), []
+    return retry_in_float64(lambda precise, floor: _compare(OnnxSession(candidate, precise=precise), side, floor))
+
+
+def check_resized(candidate: Path, side: TorchSide) -> Status:
+    """The outputs at other sizes than the traced ones."""
+    shapes = ", ".join("x".join(map(str, array.shape)) for array in side.inputs)
+    try:
+        status, _ = check_outputs(candidate, side)
+    except DoconvError as error:
+        return Status("other sizes", "failed", f"on inputs of {shapes}: {error}")
+    return replace(status, name="other sizes", detail=f"on inputs of {shapes}: {status.detail}")
+
+
+def retry_in_float64(compare: Callable[[bool, float], tuple[Status, _T]]) -> tuple[Status, _T]:
+    """The status of a file's outputs, and what belongs to it. `compare` runs the file (precise, least bound).
+
+    Where values are off, onnxruntime's own sums and sigmoids may be why (`float64_copy.py`): then the file passes if
+    it does with those in float64, and without if it keeps to ONNX_BOUND.
+    """
+    status, found = compare(False, FLOOR)
+    if status.state == "passed" or compare(False, ONNX_BOUND)[0].state == "failed":
+        return status, found
+    precise, precise_found = compare(True, FLOOR)
+    if precise.state == "failed":
+        return status, found
+    why = f"sums and sigmoids computed in float64, since in float32 {'; '.join(status.findings[:3])}"
+    return replace(precise, detail=f"{precise.detail}; {why}"), precise_found
+
+
+def _compare(session: OnnxSession, side: TorchSide, floor: float) -> tuple[Status, list[OutputCheck]]:
+    got = session.run(side.inputs)
+    if len(got) != len(side.truth):
+        detail = f"the file has {len(got)} outputs, the model {len(side.truth)}"
+        return Status("outputs", "failed", detail), []
+    got = in_order_of(side.truth, got, side.detections)
+    checks = compare_outputs(session.outputs, side.truth, side.plain, got, side.samples, floor)
+    if not checks:
+        return Status("outputs", "failed", "the model has no tensor outputs; nothing was compared"), []
+    bad = tuple(f"'{check.name}' {check.problem}" for check in checks if not check.ok)
+    if bad:
+        return Status("outputs", "failed", f"{len(bad)} of {len(checks)} outputs", bad), checks
+    if not any(check.variation > check.bound for check in checks):
+        detail = "no output differs between the samples, which shows nothing; pass --input with real samples"
+        return Status("outputs", "failed", detail), checks
+    problems, runs = other_runs(session, side, checks, floor)
+    if problems:
+        return Status("outputs", "failed", "other runs of the same file differ", tuple(problems)), checks
+    worst = max(checks, key=lambda check: check.error / check.bound if check.bound else 0.0)
+    detail = (
+        f"{len(checks)} outputs on {side.samples} samples: onnxruntime is off by {worst.error:.1e} of the scale, fp32 "
+        f"torch by {worst.plain_error:.1e}, allowed {worst.bound:.1e}; largest element {worst.largest:.1e}; {runs}"
+    )
+    agreeing = [check.agreeing for check in checks if check.agreeing is not None]
+    if agreeing:
+        detail += f"; argmax agrees on {min(agreeing)} of {side.samples} samples"
+    return Status("outputs", "passed", detail), checks

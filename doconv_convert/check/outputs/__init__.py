@@ -1,0 +1,1 @@
+"""Outputs of a file in onnxruntime against the reference run."""

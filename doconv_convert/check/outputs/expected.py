@@ -1,0 +1,37 @@
+"""What the outputs are held against: the reference run, as arrays. Importing this needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from doconv_convert.check.outputs.compare import Array
+
+
+@dataclass(frozen=True)
+class FoldRun:
+    """The trained network against its fold, both in float64: the largest relative `error` of an output; how the network
+    differs from itself, where it does (`random`); what the fold changed (`findings`)."""
+
+    error: float = 0.0
+    random: str | None = None
+    findings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TorchSide:
+    """What torch says about the inputs: float64 outputs of the trained model, fp32 outputs of the plain one,
+    the batch, and per kernel how far a change of 1e-3 would move them (in units of their bounds).
+    `detections` are the outputs that belong together (`detection_groups`); `alone` runs the first n samples in
+    float64, by themselves. `flat` are unseen kernels whose gradient is cut or zero, with what changes of their
+    own size tell of them (`coverage.why_flat`). `fold` is what was seen of the fold itself."""
+
+    inputs: Sequence[Array]
+    truth: Sequence[Array]
+    plain: Sequence[Array]
+    samples: int
+    reach: Mapping[str, float | None]
+    detections: Sequence[Mapping[str, int]] = ()
+    alone: Callable[[int], Sequence[Array]] | None = None
+    flat: Mapping[str, str] = field(default_factory=dict)
+    fold: FoldRun | None = None

@@ -1,0 +1,1 @@
+"""What torch computes for the checks; nothing else in `check` imports torch."""

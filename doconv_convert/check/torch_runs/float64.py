@@ -1,0 +1,103 @@
+"""The yardstick: the same model run in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from doconv_convert.errors import DoconvError, UsageError
+from doconv_convert.rewrite.observe import run_model
+from doconv_convert.rewrite.tracing import in_eval, undisturbed
+
+
+def run_float64(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """The outputs' tensors, in order, of `model` in eval mode in float64, also where its own code asks for
+    float32 (RAFT's coordinate grids do). Afterwards the model has its own dtypes and values again.
+
+    Raises DoconvError where the model does not run in float64."""
+    with widened(model):
+        return output_tensors(float64_output(model, inputs))
+
+
+def float64_output(model: nn.Module, inputs: Any) -> Any:
+    """What a `widened` model gives in eval mode on the widened inputs; attributes, buffers and random states are as
+    before then. Raises DoconvError where the model does not run in float64."""
+    buffers = [(buffer, buffer.data.clone()) for buffer in model.buffers()]  # a forward may write into these
+    try:
+        with torch.no_grad(), undisturbed(model), _float64_by_default(), _WidenFloats():
+            return run_model(in_eval(model), tree_map(widen, inputs))
+    except Exception as error:  # the user's forward
+        raise DoconvError(
+            f"{type(model).__name__} does not run in float64, which its outputs are judged by ({type(error).__name__}: "
+            f"{error}); skip the proof with --no-verify, or keep its constants in buffers."
+        ) from error
+    finally:
+        for buffer, value in buffers:
+            buffer.data = value
+
+
+@contextmanager
+def widened(model: nn.Module) -> Iterator[None]:
+    """The model itself in float64: a copy of a large one would take three times its weights."""
+    parameters = [(p, p.dtype) for p in model.parameters() if p.is_floating_point()]
+    buffers = [(b, b.data) for b in model.buffers()]
+    for parameter, _ in parameters:
+        parameter.data = parameter.data.double()
+    for buffer, value in buffers:
+        buffer.data = widen(value)
+    try:
+        yield
+    finally:
+        for parameter, dtype in parameters:
+            parameter.data = parameter.data.to(dtype)
+        for buffer, value in buffers:
+            buffer.data = value
+
+
+def run_inputs(model: nn.Module, inputs: Any) -> Any:
+    """The model's output. Raises UsageError, naming the inputs' shapes, where it does not run on them."""
+    try:
+        return run_model(model, inputs)
+    except Exception as error:  # the user's forward
+        shapes = ", ".join(str(tuple(t.shape)) for t in output_tensors(inputs))
+        raise UsageError(
+            f"{type(model).__name__} does not run on inputs of shape {shapes} ({type(error).__name__}: {error}); give "
+            "the right ones with --input-shape or --input."
+        ) from error
+
+
+def output_tensors(output: Any) -> list[Tensor]:
+    """The tensors of an output in any nesting of dicts, lists and tuples, in the exporter's order."""
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def widen(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+@contextmanager
+def _float64_by_default() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class _WidenFloats(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16):
+            func = torch.Tensor.double
+        narrow = (torch.float32, torch.float16, torch.bfloat16)
+        args, kwargs = tree_map(
+            lambda leaf: torch.float64 if isinstance(leaf, torch.dtype) and leaf in narrow else leaf,
+            (args, kwargs or {}),
+        )
+        return func(*args, **kwargs)

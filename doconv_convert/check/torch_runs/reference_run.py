@@ -1,0 +1,243 @@
+"""Torch's part of the proof: the float64 truth, plain fp32 outputs, and every kernel's sensitivity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from doconv_convert.artifacts.checkpoints.recipe import recipe_sites
+from doconv_convert.artifacts.sources.inputs import Inputs, InputSpec, forward_names
+from doconv_convert.check.outputs.compare import SEEN, bound_for, relative_error
+from doconv_convert.check.outputs.detections import detection_groups, in_order_of
+from doconv_convert.check.outputs.expected import FoldRun, TorchSide
+from doconv_convert.check.torch_runs.coverage import (
+    kernels_read,
+    least_perturbation,
+    perturbation,
+    sensitivity,
+    why_flat,
+)
+from doconv_convert.check.torch_runs.device import full_precision, to_device
+from doconv_convert.check.torch_runs.float64 import output_tensors, run_float64, run_inputs
+from doconv_convert.check.torch_runs.memory import give_up, return_freed
+from doconv_convert.check.torch_runs.same_function import Float64Runs, run_in_float64
+from doconv_convert.errors import DoconvError, UsageError
+from doconv_convert.rewrite.discover import discover
+from doconv_convert.rewrite.foreign.authors import authors_sites
+from doconv_convert.rewrite.observe import run_model
+from doconv_convert.rewrite.sites import site_name
+from doconv_convert.rewrite.tracing import in_eval
+
+_CPU = torch.device("cpu")
+# Sizes that the proof tries in a dynamic dimension's place, the second where the model does not run at the first:
+# most networks take any multiple of 32. Each further dimension grows by more, so that none stands for another.
+_GROWTH: tuple[Callable[[int, int], int], ...] = (
+    lambda size, index: size + 32 * (index + 1),
+    lambda size, index: size * (index + 2),
+)
+
+
+def torch_side(
+    trained: nn.Module,
+    folded: nn.Module,
+    inputs: Any,
+    samples: int,
+    device: torch.device = _CPU,
+    *,
+    constant_kernels: bool = False,
+    spend: bool = False,
+) -> TorchSide:
+    """Run both models on the same inputs (a tuple of positional arguments), in eval mode on the device.
+
+    `trained` is the unfolded model, `folded` the plain one that `fold` made of it, with `constant_kernels` or without.
+    A half-precision model is judged in float32 arithmetic on its own rounded weights, as it is exported; its truth
+    takes the kernels as the fold rounded them. With `spend` the trained model gives its values up as soon as its
+    outputs are known.
+    """
+    with full_precision():
+        models = trained.to(device), in_eval(folded).to(device)
+        runs = _run_both(*models, to_device(inputs, device), samples, constant_kernels, spend)
+        return runs.side() if runs.random else _with_coverage(models[1], runs)
+
+
+def resized_side(
+    trained: nn.Module,
+    folded: nn.Module,
+    inputs: Inputs,
+    samples: int,
+    dynamic: Mapping[str, Mapping[int, str]],
+    names: Sequence[str] | None,
+    device: torch.device = _CPU,
+    *,
+    constant_kernels: bool = False,
+) -> TorchSide | None:
+    """As `torch_side`, without the kernels' sensitivity, at another size of every dimension in `dynamic` (the ONNX
+    inputs are called `names`); None where only the batch is dynamic. Raises UsageError where the model does not run.
+    """
+    names = names or forward_names(folded, len(inputs.specs))
+    refused = None
+    for grow in _GROWTH:
+        sizes = _other_sizes(inputs, dict(zip(names, inputs.specs, strict=False)), dynamic, grow)
+        if not any(sizes):
+            return None
+        try:
+            with full_precision(), torch.no_grad():
+                arguments = to_device(inputs.resized(sizes).arguments(samples), device)
+                models = trained.to(device), in_eval(folded).to(device)
+                return _run_both(*models, arguments, samples, constant_kernels).side()
+        except DoconvError as error:
+            refused = error
+    asked = ", ".join(sorted({dimension for axes in dynamic.values() for dimension in axes.values()}))
+    raise UsageError(
+        f"--dynamic: {asked} cannot be proven to be dynamic, the model itself does not run at other sizes: {refused} "
+        "Leave it out of --dynamic, or give another size with --input-shape."
+    ) from refused
+
+
+def _other_sizes(
+    inputs: Inputs,
+    specs: Mapping[str, InputSpec],
+    dynamic: Mapping[str, Mapping[int, str]],
+    grow: Callable[[int, int], int],
+) -> list[dict[int, int]]:
+    """Per input {axis: size}; a dimension has one size wherever its name stands. The batch has its own way."""
+    order: dict[str, int] = {}
+    return [
+        {
+            axis: grow(spec.shape[axis], order.setdefault(dimension, len(order)))
+            for axis, dimension in dynamic.get(name, {}).items()
+            if axis < len(spec.shape) and (axis > 0 or not spec.batched)
+        }
+        for name, spec in specs.items()
+    ] or [{} for _ in inputs.specs]
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """The inputs in float32, the plain model's outputs on them in the order of the float64 truth, that, and the leaf
+    kernels that the outputs' gradients lead to."""
+
+    folded: nn.Module
+    inputs: Any
+    plain: list[Tensor]
+    truth: list[Tensor]
+    kernels: Mapping[str, Tensor]
+    detections: list[dict[str, int]]
+    samples: int
+    function: Float64Runs
+
+    @property
+    def random(self) -> bool:
+        return self.function.random is not None
+
+    def side(self) -> TorchSide:
+        inputs = [_array(leaf) for leaf in tree_leaves(self.inputs) if isinstance(leaf, Tensor)]
+        truth = [_array(t) for t in self.truth]
+        plain = in_order_of(truth, [_array(p) for p in self.plain], self.detections)
+        alone = partial(_alone, self.folded, self.inputs, self.samples)
+        found = self.function
+        fold = FoldRun(found.error, found.random, found.findings)
+        return TorchSide(inputs, truth, plain, self.samples, {}, self.detections, alone, fold=fold)
+
+
+def _alone(folded: nn.Module, inputs: Any, samples: int, count: int) -> list[Any]:
+    """The float64 outputs of the first `count` samples by themselves."""
+    first = tree_map(lambda leaf: _leading(leaf, count, samples), inputs)
+    with full_precision():
+        return [_array(t) for t in run_float64(folded, first)]
+
+
+def _run_both(
+    trained: nn.Module,
+    folded: nn.Module,
+    inputs: Any,
+    samples: int,
+    constant_kernels: bool,
+    spend: bool = False,
+) -> _Runs:
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in trained.parameters())
+    narrow = tree_map(_to_float32, inputs)
+    paths = _kernel_paths(folded, trained)
+    try:
+        function = run_in_float64(trained, folded, inputs, constant_kernels=constant_kernels, spend=spend)
+    except DoconvError:
+        with torch.no_grad():
+            run_inputs(folded.float(), narrow)  # inputs that the model does not run on at all are the better reason
+        raise
+    if spend:
+        give_up(trained)
+    return_freed()
+    kernels = _float32_kernels(folded, paths)
+    truth = run_float64(folded, narrow) if half else function.truth
+    output = run_inputs(folded, narrow)  # after it: what this keeps for the gradients is large
+    groups = detection_groups(output)
+    return _Runs(folded, narrow, output_tensors(output), truth, kernels, groups, samples, function)
+
+
+def _leading(leaf: Any, count: int, samples: int) -> Any:
+    batched = isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == samples
+    return leaf[:count] if batched else leaf
+
+
+def _array(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().numpy()
+
+
+def _with_coverage(folded: nn.Module, runs: _Runs) -> TorchSide:
+    side, kernels = runs.side(), runs.kernels
+    bounds = {
+        index: bound_for(relative_error(plain, truth)) * float(np.linalg.norm(truth.ravel()))
+        for index, (plain, truth) in enumerate(zip(side.plain, side.truth, strict=True))
+        if np.issubdtype(plain.dtype, np.floating) and plain.shape == truth.shape
+    }
+
+    def run() -> list[Tensor]:
+        return output_tensors(run_model(folded, runs.inputs))
+
+    def compared() -> list[Tensor]:
+        outputs = in_order_of(side.plain, [_array(t) for t in run()], side.detections)
+        return [torch.from_numpy(outputs[index]) for index in bounds]
+
+    reach = dict(sensitivity([runs.plain[index] for index in bounds], list(bounds.values()), kernels))
+    flat = [name for name in kernels if not reach[name]]  # a gradient that is cut or zero shows nothing
+    before = [torch.from_numpy(side.plain[index]) for index in bounds]
+    moved_by = partial(perturbation, compared, before, list(bounds.values()))
+    reach |= {name: least_perturbation(partial(moved_by, kernels[name])) for name in flat}
+    unmoved = {name: kernel for name, kernel in kernels.items() if reach[name] is None}
+    if unmoved:
+        reach |= dict.fromkeys(kernels_read(run, unmoved), 0.0)
+    hidden = [name for name in flat if (value := reach[name]) is not None and not value > SEEN]
+    reasons = {name: why_flat(partial(moved_by, kernels[name], change=1.0)) for name in hidden}
+    return replace(side, reach=reach, flat={name: reason for name, reason in reasons.items() if reason is not None})
+
+
+def _kernel_paths(folded: nn.Module, trained: nn.Module) -> list[tuple[str, str]]:
+    """(module, parameter) of every folded kernel; of a plain model, of all its convolutions'."""
+    sites = [(site.owner, site.kernel) for site in recipe_sites(trained)]
+    sites += [(site.path, site.kernel) for site in authors_sites(trained)]
+    if not sites:
+        plain = [site for site in discover(folded).sites if site.parameter is not None]
+        sites = [(site.owners[0].path, site.owners[0].kernel) for site in plain]
+    return sites
+
+
+def _float32_kernels(folded: nn.Module, paths: Sequence[tuple[str, str]]) -> Mapping[str, Tensor]:
+    """The folded kernels, as leaves that take gradients; the folded model becomes float32 in place."""
+    folded.float().requires_grad_(False)
+    kernels: dict[str, Tensor] = {}
+    for owner, name in paths:
+        kernel = folded.get_submodule(owner)._parameters[name]
+        if kernel is not None and not any(kernel is known for known in kernels.values()):
+            kernels[site_name(owner, name)] = kernel.requires_grad_(True)
+    return kernels
+
+
+def _to_float32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value

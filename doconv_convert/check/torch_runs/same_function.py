@@ -1,0 +1,134 @@
+"""The fold itself: the trained network against its fold, both in float64, before anything is rounded or exported.
+
+A fold replaces kernels, one layer at a time. A network may do more with a kernel than convolve with it in one layer:
+write it, read it elsewhere, share it. Then every layer folds right, and the network computes something else. No error
+made later may hide that, so it is looked for where nothing is rounded but the last bits of float64.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from doconv_convert.check.outputs.compare import Array, relative_error
+from doconv_convert.check.outputs.detections import detection_groups, in_order_of
+from doconv_convert.check.torch_runs.float64 import float64_output, output_tensors, widened
+from doconv_convert.rewrite.convert import copy_model
+from doconv_convert.rewrite.fold import fold_in_place
+from doconv_convert.rewrite.tracing import undisturbed
+
+# The two differ by the order of sums in their kernels' compositions alone.
+FUNCTION_TOLERANCE = 1e-10
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Float64Runs:
+    """`truth`: the trained network's outputs in float64; `error`: how far its fold's are from them, relative.
+
+    `random`: how the network differs from itself, where it does: it has no reference then. `findings`: what of the
+    network's function, or of its shipped weights, is not as the fold's.
+    """
+
+    truth: list[Tensor]
+    error: float
+    random: str | None = None
+    findings: tuple[str, ...] = ()
+
+
+def run_in_float64(
+    trained: nn.Module, folded: nn.Module, inputs: Any, *, constant_kernels: bool = False, spend: bool = False
+) -> Float64Runs:
+    """Run `trained` and its fold, both in float64 and in eval mode, on the same inputs.
+
+    The fold is made again, from the widened model and without a cast; `folded`, which is shipped, has to hold its
+    tensors, each cast once. `spend` folds `trained` itself, whose values the caller needs no more.
+    Raises DoconvError where the model does not run in float64.
+    """
+    dtypes = {name: tensor.dtype for name, tensor in _tensors(trained)}
+    with widened(trained):
+        wide = trained if spend else copy_model(trained)
+        output = _run(trained, inputs, seed=1)
+        truth, groups = output_tensors(output), detection_groups(output)
+        wide = fold_in_place(wide, constant_kernels=constant_kernels, check_first=False).model
+        findings = _cast_findings(dict(_tensors(wide)), dict(_tensors(folded)), dtypes)
+        again = output_tensors(_run(wide, inputs, seed=2))
+        error, differences = _compare(truth, again, groups)
+        if differences:  # other random numbers, or another network?
+            once_more = output_tensors(_run(wide, inputs, seed=3))
+            _, own = _compare(again, once_more, groups)
+            if own:
+                return Float64Runs(truth, error, own[0], findings)
+    return Float64Runs(truth, error, None, (*findings, *differences))
+
+
+def _run(model: nn.Module, inputs: Any, seed: int) -> Any:
+    """The output, with the random generators in a state of its own; they are as before then."""
+    numpy_state = np.random.get_state()
+    with undisturbed(model):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        try:
+            return float64_output(model, inputs)
+        finally:
+            np.random.set_state(numpy_state)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _cast_findings(
+    wide: Mapping[str, Tensor], folded: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]
+) -> tuple[str, ...]:
+    """Tensors of `folded` that are not the float64 fold's, cast once to the trained model's dtype."""
+    if wide.keys() != folded.keys():
+        odd = ", ".join(f"'{name}'" for name in sorted(wide.keys() ^ folded.keys())[:_SHOWN])
+        return (f"the folded network has other tensors than the trained one's fold: {odd}",)
+    usual = next((dtype for dtype in dtypes.values() if dtype.is_floating_point), torch.float32)
+    wrong = []
+    for name, exact in wide.items():
+        shipped = folded[name]
+        if exact.is_floating_point():
+            exact = exact.to(shipped.device, dtypes.get(name, usual)).to(shipped.dtype)
+        if exact.shape != shipped.shape or not torch.equal(exact.detach(), shipped.detach()):
+            wrong.append(f"'{name}' of the folded network is not the trained one's, folded in float64 and cast once")
+    return (*wrong[:_SHOWN], *([f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []))
+
+
+def _compare(
+    truth: Sequence[Tensor], got: Sequence[Tensor], groups: Sequence[Mapping[str, int]]
+) -> tuple[float, list[str]]:
+    """The largest relative error of an output, and what is beyond FUNCTION_TOLERANCE, in sentences."""
+    if len(truth) != len(got):
+        return float("inf"), [f"it has {len(got)} outputs, expected {len(truth)}"]
+    expected = [tensor.detach().cpu().numpy() for tensor in truth]
+    found = in_order_of(expected, [tensor.detach().cpu().numpy() for tensor in got], groups)
+    errors = [_error(value, array) for value, array in zip(expected, found, strict=True)]
+    told = [
+        f"output {index} differs by {error:.1e} of its scale, expected at most {FUNCTION_TOLERANCE:.0e}"
+        for index, error in enumerate(errors)
+        if not error <= FUNCTION_TOLERANCE
+    ]
+    return max(errors, default=0.0), told
+
+
+def _error(truth: Array, got: Array) -> float:
+    if truth.shape != got.shape or truth.dtype != got.dtype:
+        return float("inf")
+    if not np.issubdtype(truth.dtype, np.inexact):
+        return float(np.count_nonzero(truth != got))
+    if np.iscomplexobj(truth):
+        truth, got = np.stack([truth.real, truth.imag]), np.stack([got.real, got.imag])
+    finite = np.isfinite(truth)  # what is not, the comparison with onnxruntime refuses
+    if not np.array_equal(truth[~finite], got[~finite], equal_nan=True):
+        return float("inf")
+    return relative_error(got[finite], truth[finite])

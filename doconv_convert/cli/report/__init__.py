@@ -1,0 +1,1 @@
+"""`--report`: one self-contained page of a command's JSON document."""

@@ -1,0 +1,1 @@
+"""Layers of other implementations, read, folded and trained further."""

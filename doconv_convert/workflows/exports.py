@@ -1,0 +1,162 @@
+"""The exports and torch's part of the proof: side by side, or, where the weights are large, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from doconv_convert.artifacts.export.child_process import Child, ExportJob, export_in_child
+from doconv_convert.artifacts.export.exporter import ExportReport
+from doconv_convert.artifacts.sources.inputs import Inputs
+from doconv_convert.artifacts.sources.source import Source
+from doconv_convert.check.outputs.expected import TorchSide
+from doconv_convert.check.torch_runs.memory import give_up, is_large, take_back
+from doconv_convert.check.torch_runs.reference_run import resized_side, torch_side
+from doconv_convert.workflows.trained_model import Loaded, fold_loaded, load_again
+
+Sides = tuple[TorchSide, TorchSide | None]
+
+
+@dataclass(frozen=True)
+class Flags:
+    """How to export: as in `export_onnx`."""
+
+    opset: int | None = None
+    input_names: Sequence[str] | None = None
+    output_names: Sequence[str] | None = None
+    dynamic_batch: bool = True
+    dynamic: Mapping[str, Mapping[int, str]] | None = None
+
+
+def export_job(
+    source: Source,
+    state: Path,
+    sample: Path,
+    target: Path,
+    flags: Flags,
+    inputs: Inputs,
+    trained: Loaded | None = None,
+) -> ExportJob:
+    """An export in a child: of `source`'s plain network with `state`, or of `trained` folded by the child."""
+    return ExportJob(
+        source,
+        state,
+        sample,
+        target,
+        flags.opset,
+        flags.input_names,
+        flags.output_names,
+        flags.dynamic_batch and inputs.fixed_batch is None,
+        flags.dynamic,
+        image_list=inputs.image_list,
+        checkpoint=None if trained is None else Path(trained.checkpoint.path),
+        include=("*",) if trained is None else tuple(trained.options.include),
+        exclude=() if trained is None else tuple(trained.options.exclude),
+        ema=trained is not None and trained.checkpoint.selection.ema,
+        prefix="" if trained is None else trained.checkpoint.selection.prefix,
+        constant_kernels=trained is not None and trained.constant_kernels,
+    )
+
+
+def write_inputs(path: Path, tensors: Sequence[Tensor]) -> None:
+    arrays: Any = {f"input_{index}": tensor.numpy() for index, tensor in enumerate(tensors)}
+    np.savez(path, **arrays)
+
+
+def export_and_run(
+    jobs: Sequence[ExportJob],
+    loaded: Loaded,
+    folded: nn.Module,
+    inputs: Inputs,
+    flags: Flags,
+    device: torch.device | None = None,
+    waiting: Sequence[Child] = (),
+) -> tuple[list[ExportReport], Sides | None]:
+    """What the exports report, and (where there are two) both models' runs. Large models have no values after it."""
+    trained, large = loaded.trained, is_large(loaded.trained)
+    batch = inputs.proof_batch if flags.dynamic_batch else inputs.export_batch
+
+    def run(batch: int) -> Sides | None:
+        if len(jobs) == 1:
+            return None
+        constant = loaded.constant_kernels
+        return torch_sides(trained, folded, inputs, batch, flags, device, constant_kernels=constant, spend=large)
+
+    def read_folded() -> None:
+        take_back(folded, fold_loaded(load_again(loaded), inplace=True).model)
+
+    if large:
+        for child in waiting:  # it has imported torch; a new one starts when its turn comes
+            child.close()
+        sides = run(batch)
+        give_up(trained, folded)
+        reports = export_in_child(jobs, waiting=waiting)
+    else:
+        with ThreadPoolExecutor(1) as background:
+            exports = background.submit(export_in_child, jobs, parallel=True, waiting=waiting)
+            sides = run(batch)
+            reports = exports.result()
+    if batch != inputs.export_batch and not reports[0].dynamic_batch:
+        if large:  # the first run spent both
+            trained = load_again(loaded).trained
+            read_folded()
+        sides = run(inputs.export_batch)
+        if large:
+            give_up(trained, folded)
+    if sides is not None and large:
+        sides = _after(read_folded, sides[0]), sides[1] and _after(read_folded, sides[1])
+    return reports, sides
+
+
+def _after(read_folded: Callable[[], None], side: TorchSide) -> TorchSide:
+    """The same side; before its model runs once more, it takes its values back."""
+    alone = side.alone
+
+    def run(count: int) -> Sequence[Any]:
+        read_folded()
+        return alone(count) if alone is not None else ()
+
+    return replace(side, alone=alone and run)
+
+
+def torch_sides(
+    trained: nn.Module,
+    folded: nn.Module,
+    inputs: Inputs,
+    batch: int,
+    flags: Flags,
+    device: torch.device | None = None,
+    *,
+    constant_kernels: bool = False,
+    spend: bool = False,
+) -> Sides:
+    """Torch's part of the proof, and the same at other sizes where `flags` ask for dynamic ones. With `spend` the
+    trained model gives its values up as early as it can."""
+    device = device or torch.device("cpu")
+    # the other sizes first: they need the trained model too
+    dynamic, constant = flags.dynamic or {}, constant_kernels
+    resized = resized_side(
+        trained, folded, inputs, batch, dynamic, flags.input_names, device, constant_kernels=constant
+    )
+    arguments = inputs.arguments(batch)
+    side = torch_side(trained, folded, arguments, batch, device, constant_kernels=constant, spend=spend)
+    return side, resized
+
+
+@contextmanager
+def threads_beside(processes: int) -> Iterator[None]:
+    """Leave the exporting processes a core each: OpenMP threads that must wait for a core spin, for seconds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - processes))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,1 @@
+"""The dress rehearsal: the whole way on a randomized and calibrated model."""

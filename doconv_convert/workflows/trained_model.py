@@ -1,0 +1,68 @@
+"""A checkpoint in its network: loaded, ready to be folded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from doconv_convert.artifacts.checkpoints.checkpoint import fitted, load_into
+from doconv_convert.artifacts.checkpoints.reading import Checkpoint, read_checkpoint, require_finite
+from doconv_convert.artifacts.checkpoints.unwrap import Selection
+from doconv_convert.artifacts.models import notes_on
+from doconv_convert.artifacts.sources.source import Source, build
+from doconv_convert.errors import UsageError
+from doconv_convert.rewrite.convert import copy_model
+from doconv_convert.rewrite.fold import FoldReport, fold_in_place
+from doconv_convert.rewrite.sites import Options
+from doconv_convert.rewrite.tracing import in_eval
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint in its network: the trained (unfolded) model in eval mode and where it came from."""
+
+    checkpoint: Checkpoint
+    source: Source
+    trained: nn.Module
+    options: Options
+    constant_kernels: bool = False
+
+
+def load_trained(
+    path: Path,
+    source: Source | None,
+    options: Options,
+    selection: Selection | None = None,
+    constant_kernels: bool = False,
+) -> Loaded:
+    """Read a checkpoint of ours, or any state dict of `source`'s model, foreign DO-Conv layers included.
+    Raises DoconvError."""
+    checkpoint = read_checkpoint(path, selection)
+    require_finite(checkpoint)
+    if source is None:
+        recipe = checkpoint.recipe
+        source = recipe.trusted_source(str(path)) if recipe else _no_source(path)
+    model = build(source)
+    checkpoint = fitted(checkpoint, model)
+    trained = in_eval(load_into(model, checkpoint, options))
+    # the file's own tensors are the model's now; kept, they would be a second copy of the weights
+    checkpoint = replace(checkpoint, state={}, notes=(*checkpoint.notes, *notes_on(source, model)))
+    return Loaded(checkpoint, source, trained, options, constant_kernels)
+
+
+def load_again(loaded: Loaded) -> Loaded:
+    """The same, read from its file once more."""
+    path, selection = Path(loaded.checkpoint.path), loaded.checkpoint.selection
+    return load_trained(path, loaded.source, loaded.options, selection, loaded.constant_kernels)
+
+
+def fold_loaded(loaded: Loaded, *, inplace: bool = False) -> FoldReport:
+    """Fold a copy of the trained model, or it."""
+    model = loaded.trained if inplace else copy_model(loaded.trained)
+    return fold_in_place(model, constant_kernels=loaded.constant_kernels, check_first=False)
+
+
+def _no_source(path: Path) -> Source:
+    raise UsageError(f"'{path}' has no recipe that says what model it holds; name it with --model SOURCE.")
