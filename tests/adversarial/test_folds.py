@@ -3,10 +3,15 @@ user's own trained model, or it is not proven and the reason is named."""
 
 import re
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
-from adversarial.harness import Seen, fold_net
+import torch
+from adversarial.harness import SAME, Seen, far, fold_net, fresh_inputs, references, run_file, trained
+from onnx import numpy_helper
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 
@@ -20,8 +25,9 @@ UNSHOWN = r"same for every|constant|shows nothing|does not depend|--input"
 MISLEADING = r"same for every sample|please report|Traceback"
 
 # Nets that the contract promises to fold: they must come out proven.
+CONTROL = "unrepeatable.Control"
 RIGHT = [
-    "unrepeatable.Control",
+    CONTROL,
     "reading.TiedAutoencoder",
     "reading.UntraceableAutoencoder",
     "reading.NormPenalty",
@@ -158,3 +164,19 @@ def test_a_file_is_right_or_is_not_proven_on_every_road(
     if (recipe, with_inputs) == road_of(net):
         pytest.skip("in the default run")
     require_honest(net, fold_net(net, tmp_path, recipe=recipe, with_inputs=with_inputs))
+
+
+def test_the_harness_sees_a_kernel_that_is_slightly_off(tmp_path: Path) -> None:
+    """A right file, one kernel of it scaled by 1.0001; and a proof that would be wrong counts as one."""
+    seen = fold_net(CONTROL, tmp_path, recipe=False, with_inputs=False)
+    assert seen.proven
+    model = onnx.load(tmp_path / "out.onnx")
+    kernel = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 4)
+    kernel.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(kernel) * np.float32(1.0001), kernel.name))
+    onnx.save(model, tmp_path / "off.onnx")
+    expected = references(trained(CONTROL))
+    assert expected is not None
+    for file, same in (("out", True), ("off", False)):
+        off = far(run_file(tmp_path / f"{file}.onnx", fresh_inputs(torch.float32)), expected)
+        assert (off <= SAME) is same
+        assert replace(seen, off=off).wrong_yes is not same
