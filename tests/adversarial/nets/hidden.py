@@ -31,7 +31,7 @@ class Constrained(nn.Module):
 
 
 class ClosedRelu(nn.Module):
-    """The gate opens on inputs far brighter than noise only; its kernel reads itself."""
+    """The gate opens on inputs far brighter than noise alone; its kernel is constrained."""
 
     def __init__(self) -> None:
         super().__init__()
