@@ -1,5 +1,6 @@
 """The order of the rooms, as the imports tell it; and `check`, which needs no torch outside of `torch_runs`."""
 
+import re
 import runpy
 import shutil
 import subprocess
@@ -44,7 +45,8 @@ def run_python(*arguments: Any, folder: Path = ROOT) -> subprocess.CompletedProc
 def test_imports_lead_down_and_in_no_circle() -> None:
     imports = ROOMS["imports_of"](ROOT)
     rooms = ROOMS["rooms_of"](imports)
-    assert {*ROOMS["ORDER"], "errors", "files", "versions"} == set(rooms[""])  # a new one needs its place in ORDER
+    ground = {"errors", "files", "versions", "words"}
+    assert {*ROOMS["ORDER"], *ground} == set(rooms[""])  # a new one needs its place in ORDER
     assert ROOMS["upward"](imports) == []
     assert ROOMS["circles"](rooms) == []
     done = run_python(SCRIPT)
@@ -92,3 +94,12 @@ def test_torch_in_check_is_found(tmp_path: Path) -> None:
     done = run_python("-c", WITHOUT_TORCH, folder=tmp_path)
     assert done.returncode == 1
     assert "no torch here" in done.stderr
+
+
+def test_the_architecture_page_names_files_that_exist() -> None:
+    page = (ROOT / "docs/architecture.md").read_text()
+    inside = re.findall(r"`((?:nn|rewrite|artifacts|check|workflows|cli)/[\w/.]+\.py)`", page)
+    assert len(inside) > 30
+    assert [path for path in inside if not (ROOT / "doconv_convert" / path).is_file()] == []
+    beside = re.findall(r"`((?:tests|docs)/[\w/.]+)[` ]", page)
+    assert [path for path in beside if not (ROOT / path).exists()] == []

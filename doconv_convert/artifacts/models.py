@@ -59,7 +59,7 @@ def open_model(
     if is_checkpoint(text) and ":" not in text:
         checkpoint = read_checkpoint(text)
         if checkpoint.recipe is None:
-            raise UsageError(f"'{text}' has no recipe that says what model it holds; pass SOURCE --weights {text}.")
+            raise UsageError(f"'{text}' has no recipe that says what model it holds; pass SOURCE `weights` {text}.")
         source = checkpoint.recipe.trusted_source(text)
         return Opened(load_into(build(source), checkpoint), source)
     source = parse_source(text, model_args)
@@ -109,7 +109,7 @@ def _in_forward_order(specs: list[InputSpec], model: nn.Module) -> list[InputSpe
     named = {spec.name: spec for spec in specs}
     if "" in named or len(specs) == 1:  # as the user gave them
         return specs
-    return in_order(named, _argument_names(model, len(specs)), "--input-shape")
+    return in_order(named, _argument_names(model, len(specs)), "`input_shapes`")
 
 
 def _argument_names(model: nn.Module, count: int) -> list[str]:

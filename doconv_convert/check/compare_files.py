@@ -13,6 +13,7 @@ from doconv_convert.check.outputs.session import run_onnx
 from doconv_convert.check.proof import check_graph, check_macs, check_weights
 from doconv_convert.check.status import Proof, Status
 from doconv_convert.errors import DoconvError
+from doconv_convert.words import counted
 
 
 def compare_files(baseline: Path, candidate: Path, inputs: Sequence[Array]) -> Proof:
@@ -47,19 +48,19 @@ def _same_outputs(
     rows = list(zip(names, expected[1], others, got[1], strict=True))
     problems = [f"'{name}' {problem}" for name, *arrays in rows if (problem := _difference(*arrays)) is not None]
     if problems or not rows:
-        return Status("outputs", "failed", f"{len(problems)} of {len(rows)} outputs", tuple(problems))
+        return Status("outputs", "failed", f"{len(problems)} of {counted(len(rows), 'output')} differ", tuple(problems))
     if not any(_moves(value, other) for _, value, other, _ in rows):
-        detail = "no output depends on the inputs, which shows nothing; pass --input with real samples"
+        detail = "no output depends on the inputs, which shows nothing; pass `input_file` with real samples"
         return Status("outputs", "failed", detail)
     worst = max(relative_error(array, value) for _, value, _, array in rows)
-    return Status("outputs", "passed", f"{len(rows)} outputs differ by {worst:.1e} of their scale at most")
+    return Status("outputs", "passed", f"{counted(len(rows), 'output')}: relative error at most {worst:.1e}")
 
 
 def _difference(value: Array, other: Array, got: Array) -> str | None:
     if value.shape != got.shape or value.dtype != got.dtype:
         return f"is {got.dtype} {got.shape}, expected {value.dtype} {value.shape}"
     if not value.size:
-        return "is empty, nothing was compared; pass --input with a real sample"
+        return "is empty, nothing was compared; pass `input_file` with a real sample"
     if not np.issubdtype(value.dtype, np.floating):
         count = np.count_nonzero(got != value)
         return f"differs in {count} of {value.size} values" if count else None
@@ -67,7 +68,7 @@ def _difference(value: Array, other: Array, got: Array) -> str | None:
     if not error <= ONNX_BOUND:
         return f"differs by {error:.1e} of its scale, allowed {ONNX_BOUND:.1e}"
     if not _moves(value, other):
-        return "is the same for other inputs, which shows nothing; pass --input with real samples"
+        return "is the same for other inputs, which shows nothing; pass `input_file` with real samples"
     return None
 
 

@@ -9,6 +9,7 @@ from doconv_convert.check.onnx_files.model import has_branches
 from doconv_convert.check.outputs.compare import SEEN
 from doconv_convert.check.outputs.expected import TorchSide
 from doconv_convert.check.status import State, Status
+from doconv_convert.words import counted
 
 NOT_TAKEN = "it did not run: these inputs take another branch, or it only runs in training"
 
@@ -22,20 +23,20 @@ def check_coverage(side: TorchSide, graph_state: State, fold_state: State, minim
     if not side.reach:
         return Status("coverage", "passed", "the model has no convolution kernels to cover")
     seen = len(runs) - len(blind)
-    detail = f"a change of 1e-3 would show in the outputs for {seen} of {len(side.reach)} kernels"
+    detail = f"a change of 0.1 % would show in the outputs for {seen} of {counted(len(side.reach), 'kernel')}"
     findings = (
         *(f"'{name}' moves them by {value:.2g} bounds{_cause(side, name)}" for name, value in blind.items()),
         *(f"'{name}' only runs in training" for name in training),
     )
     if runs and seen < minimum * len(runs):
-        detail += f", {seen / len(runs):.0%} of those that run; --min-coverage asks for {minimum:.0%}"
-        return Status("coverage", "failed", f"{detail}; pass --input with real samples", findings)
+        detail += f", {seen / len(runs):.0%} of those that run; `min_coverage` asks for {minimum:.0%}"
+        return Status("coverage", "failed", f"{detail}; pass `input_file` with real samples", findings)
     if not findings:
         return Status("coverage", "passed", detail)
     if graph_state == "passed" and fold_state == "passed":
         detail += f"; {len(findings)} others by the per-site fold check and equal initializer bytes"
         return Status("coverage", "passed", detail, findings)
-    return Status("coverage", "failed", f"{detail}; pass --input with real samples", findings)
+    return Status("coverage", "failed", f"{detail}; pass `input_file` with real samples", findings)
 
 
 def with_branches(side: TorchSide, candidate: Path) -> TorchSide:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,9 @@ from doconv_convert.check.outputs.reruns import other_runs
 from doconv_convert.check.outputs.session import OnnxSession
 from doconv_convert.check.status import Status
 from doconv_convert.errors import DoconvError
+from doconv_convert.words import counted
 
+logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
@@ -48,6 +51,7 @@ def retry_in_float64(compare: Callable[[bool, float], tuple[Status, _T]]) -> tup
     status, found = compare(False, FLOOR)
     if status.state == "passed" or compare(False, ONNX_BOUND)[0].state == "failed":
         return status, found
+    logger.info("outputs are off in float32 (%s): once more in float64", "; ".join(status.findings[:3]))
     precise, precise_found = compare(True, FLOOR)
     if precise.state == "failed":
         return status, found
@@ -58,7 +62,7 @@ def retry_in_float64(compare: Callable[[bool, float], tuple[Status, _T]]) -> tup
 def _compare(session: OnnxSession, side: TorchSide, floor: float) -> tuple[Status, list[OutputCheck]]:
     got = session.run(side.inputs)
     if len(got) != len(side.truth):
-        detail = f"the file has {len(got)} outputs, the model {len(side.truth)}"
+        detail = f"the file has {counted(len(got), 'output')}, the model {len(side.truth)}"
         return Status("outputs", "failed", detail), []
     got = in_order_of(side.truth, got, side.detections)
     checks = compare_outputs(session.outputs, side.truth, side.plain, got, side.samples, floor)
@@ -66,17 +70,17 @@ def _compare(session: OnnxSession, side: TorchSide, floor: float) -> tuple[Statu
         return Status("outputs", "failed", "the model has no tensor outputs; nothing was compared"), []
     bad = tuple(f"'{check.name}' {check.problem}" for check in checks if not check.ok)
     if bad:
-        return Status("outputs", "failed", f"{len(bad)} of {len(checks)} outputs", bad), checks
+        return Status("outputs", "failed", f"{len(bad)} of {counted(len(checks), 'output')} differ", bad), checks
     if not any(check.variation > check.bound for check in checks):
-        detail = "no output differs between the samples, which shows nothing; pass --input with real samples"
+        detail = "no output differs between the samples, which shows nothing; pass `input_file` with real samples"
         return Status("outputs", "failed", detail), checks
     problems, runs = other_runs(session, side, checks, floor)
     if problems:
         return Status("outputs", "failed", "other runs of the same file differ", tuple(problems)), checks
     worst = max(checks, key=lambda check: check.error / check.bound if check.bound else 0.0)
     detail = (
-        f"{len(checks)} outputs on {side.samples} samples: onnxruntime is off by {worst.error:.1e} of the scale, fp32 "
-        f"torch by {worst.plain_error:.1e}, allowed {worst.bound:.1e}; largest element {worst.largest:.1e}; {runs}"
+        f"{counted(len(checks), 'output')}, {counted(side.samples, 'sample')}: relative error {worst.error:.1e} (fp32 "
+        f"torch {worst.plain_error:.1e}, tolerance {worst.bound:.1e}); largest element {worst.largest:.1e}; {runs}"
     )
     agreeing = [check.agreeing for check in checks if check.agreeing is not None]
     if agreeing:

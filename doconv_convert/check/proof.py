@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from doconv_convert.check.coverage import check_coverage, with_branches
-from doconv_convert.check.macs.counting import MacCount, compare_counts, count_macs, format_macs
+from doconv_convert.check.macs.counting import MacCount, compare_counts, count_macs, describe_count
 from doconv_convert.check.onnx_files.graph_diff import GraphComparison, compare_graphs
 from doconv_convert.check.onnx_files.leftovers import leftover_composition
 from doconv_convert.check.onnx_files.model import onnx_input_shapes
@@ -16,6 +16,7 @@ from doconv_convert.check.outputs.compare import Array
 from doconv_convert.check.outputs.expected import FoldRun, TorchSide
 from doconv_convert.check.status import Proof, Status
 from doconv_convert.errors import DoconvError
+from doconv_convert.words import counted
 
 
 def prove(
@@ -62,10 +63,10 @@ def check_graph(baseline: Path, candidate: Path, *, values: bool = True) -> Stat
     comparison: GraphComparison = compare_graphs(baseline, candidate, values=values)
     expected = set(leftover_composition(baseline))
     findings = [*comparison.differences, *(left for left in leftover_composition(candidate) if left not in expected)]
-    what = "initializer bytes" if values else "initializer shapes"
     if findings:
-        return Status("graph", "failed", "the graph is not the original's", tuple(findings))
-    detail = f"{comparison.nodes} nodes and the {what} of {comparison.initializers} initializers are the original's"
+        return Status("graph", "failed", "the graph differs from the original's", tuple(findings))
+    nodes, initializers = counted(comparison.nodes, "node"), counted(comparison.initializers, "initializer")
+    detail = f"{nodes} and {initializers} identical to the original's{'' if values else ', values aside'}"
     return Status("graph", "passed", detail)
 
 
@@ -73,7 +74,7 @@ def check_weights(baseline: Path, candidate: Path) -> Status:
     """Initializer bytes, of two files whose graphs are the same otherwise: what outputs on some inputs cannot tell."""
     comparison = compare_graphs(baseline, candidate)
     if comparison.equal:
-        return Status("weights", "passed", f"the bytes of {comparison.initializers} initializers are equal")
+        return Status("weights", "passed", f"{counted(comparison.initializers, 'initializer')} equal, byte for byte")
     detail = "initializers hold other values: where the outputs agree, they do so on these inputs"
     return Status("weights", "equivalent", detail, comparison.differences)
 
@@ -84,7 +85,7 @@ def check_macs(baseline: Path | MacCount, candidate: Path, inputs: Sequence[Arra
     expected = baseline if isinstance(baseline, MacCount) else count_macs(baseline, dynamic_sizes(baseline, inputs))
     count = count_macs(candidate, dynamic_sizes(candidate, inputs))
     differences = compare_counts(expected, count)
-    figure = f"{count.total:,} MACs ({format_macs(count.total)}; FLOPs = 2 x MACs) in {len(count.nodes)} nodes"
+    figure = describe_count(count)
     if count.uncounted:
         figure += f"; not counted: {', '.join(f'{n} {op}' for op, n in count.uncounted.items())}"
     if differences:

@@ -7,6 +7,7 @@ while to import, is then not loaded.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
+from doconv_convert.cli.option_names import with_options
 from doconv_convert.errors import CheckFailedError, DoconvError, UsageError
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ EXIT_ERROR, EXIT_USAGE, EXIT_CHECK_FAILED, EXIT_INTERRUPTED = 1, 2, 3, 130
 # The first class that fits an error decides.
 _EXIT_CODES = {UsageError: EXIT_USAGE, CheckFailedError: EXIT_CHECK_FAILED, DoconvError: EXIT_ERROR}
 _SHOWN_FINDINGS = 8
+_PACKAGE = "doconv_convert"
 _LEAST_WIDTH = 12
 _STYLES = {"passed": "green", "failed": "bold red", "not checked": "yellow", "equivalent": "yellow"}
 
@@ -70,6 +73,7 @@ class Output:
 
     def say(self, text: str, indent: int = 0) -> None:
         """One paragraph; a terminal gets it broken between words, `indent` columns in from its second line on."""
+        text = with_options(text)
         if self.github is not None:
             self.github.text(text)
         if self.quiet:
@@ -97,10 +101,11 @@ class Output:
 
     def annotate(self, text: str) -> None:
         if self.github is not None:
-            typer.echo(self.github.error(text))
+            typer.echo(self.github.error(with_options(text)))
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[int] = ()) -> None:
         """Rows under a head; the columns `right` hold numbers. On a terminal a state has its colour."""
+        rows = with_options(rows)
         if self.github is not None:
             self.github.table(head, rows, right)
         if self.quiet:
@@ -134,9 +139,10 @@ class Output:
         """Say what is wrong on stderr, and in the document; with --debug raise it."""
         if debug:
             raise error
-        self.document = {"error": message or str(error), "exit_code": code}
-        self.annotate(message or str(error))
-        text = f"error: {message or error}"
+        message = with_options(message or str(error))
+        self.document = {"error": message, "exit_code": code}
+        self.annotate(message)
+        text = f"error: {message}"
         typer.echo(_paragraph(text) if sys.stderr.isatty() else text, err=True)
         raise typer.Exit(code) from error
 
@@ -205,6 +211,7 @@ def output(
     `steps` are what it does, in order, with their usual parts of the whole time, for the time left.
     """
     out = Output(as_json, quiet, github=github)
+    log = _shown_log() if debug else None
     try:
         if steps and out.terminal and not quiet:
             from doconv_convert.cli.progress import stepping
@@ -223,10 +230,36 @@ def output(
         message = f"{type(error).__name__}: {error} (unexpected; run again with --debug and please report it)"
         out.fail(error, debug, EXIT_ERROR, message)
     finally:
+        if log is not None:
+            _hide_log(log)
         if github is not None:
             github.publish()
         if as_json and out.document:
-            sys.stdout.write(json.dumps(out.document, indent=2, default=str) + "\n")
+            sys.stdout.write(json.dumps(with_options(out.document), indent=2, default=str) + "\n")
+
+
+class _PrintableFormatter(logging.Formatter):
+    """A record as one line; names of layers and of files are data, and control characters in them are escaped."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def _shown_log() -> logging.Handler:
+    """The package's own records on stderr, with what was decided and why."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_PrintableFormatter("debug: %(name)s: %(message)s"))
+    package = logging.getLogger(_PACKAGE)
+    package.setLevel(logging.DEBUG)
+    package.addHandler(handler)
+    return handler
+
+
+def _hide_log(handler: logging.Handler) -> None:
+    package = logging.getLogger(_PACKAGE)
+    package.removeHandler(handler)
+    package.setLevel(logging.NOTSET)
 
 
 def check_failed() -> NoReturn:

@@ -37,9 +37,9 @@ def demo(
         from doconv_convert.artifacts.sources.source import build, parse_source
         from doconv_convert.check.torch_runs.exact_start import require_same_start
         from doconv_convert.rewrite.convert import to_doconv
+        from doconv_convert.rewrite.options import Options
         from doconv_convert.rewrite.plan import plan
-        from doconv_convert.rewrite.sites import Options
-        from doconv_convert.workflows.fold import release
+        from doconv_convert.workflows.fold import fold_and_prove
         from doconv_convert.workflows.trained_model import load_trained
 
         _lay_out(folder)
@@ -62,7 +62,7 @@ def demo(
 
         loaded = load_trained(folder / "trained.safetensors", source, Options())
         inputs = Inputs([], (images,))
-        made = release(
+        made = fold_and_prove(
             loaded, inputs, plain=folder / "plain.safetensors", onnx=folder / "digits.onnx", progress=shown.step
         )
         proof = made.proof

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,10 +9,10 @@ import typer
 
 from doconv_convert.cli import options as o
 from doconv_convert.cli.console import Output, check_failed, output
-from doconv_convert.errors import UsageError
+from doconv_convert.words import counted
 
 if TYPE_CHECKING:
-    from doconv_convert.artifacts.checkpoints.fold_by_keys import FoldedByKeys
+    from doconv_convert.workflows.fold_result import FoldResult
 
 _STEPS = {"loading": 0.27, "folding": 0.03, "exporting": 0.66, "proving": 0.04}
 
@@ -61,100 +60,49 @@ def fold(
     children = 0 if onnx is None else 1 if no_verify else 2
     as_json, github = o.chosen_format(form, as_json, onnx or checkpoint)
     with output(as_json, quiet, debug, _STEPS, github=github) as shown, waiting_children(children) as waiting:
-        if out is None and onnx is None:
-            raise UsageError("fold: name what to write: -o plain.safetensors, --onnx out.onnx, or both.")
-        if out == onnx:
-            raise UsageError(f"fold: -o and --onnx both name '{out}', expected two files.")
         o.check_report(report, checkpoint, out, onnx)
-        from doconv_convert.artifacts.checkpoints.fold_by_keys import fold_foreign_file
-        from doconv_convert.artifacts.checkpoints.unwrap import Selection
-        from doconv_convert.artifacts.models import Opened, find_inputs
-        from doconv_convert.artifacts.sources.source import parse_source
-        from doconv_convert.check.torch_runs.device import find_device
-        from doconv_convert.rewrite.sites import Options
-        from doconv_convert.workflows.exports import Flags
-        from doconv_convert.workflows.fold import release
-        from doconv_convert.workflows.trained_model import load_trained
+        from doconv_convert.workflows.fold_request import FoldRequest
 
-        where = find_device(device)
-        selection = Selection(ema, prefix)
-        if model is None and onnx is None and out is not None:
-            by_keys = fold_foreign_file(checkpoint, selection, kernel or (), out)
-            if by_keys is not None:
-                _show_by_keys(shown, by_keys, out)
-                o.write_report(report, "fold", shown)
-                return
-        if kernel:
-            raise UsageError("--kernel is for foreign layers folded without a model; with --model the model tells.")
-        o.announce_code(shown, model)
-        source = None if model is None else parse_source(model, o.parse_model_args(model_args))
-        options = Options(include=include or ("*",), exclude=exclude or ())
-        loaded = load_trained(checkpoint, source, options, selection, constant_kernels)
-        inputs = None
-        if onnx is not None:
-            inputs = find_inputs(Opened(loaded.trained, loaded.source), input_shape, input_file)
-            if inputs is None:
-                raise UsageError(
-                    f"'{loaded.source.text}': its input is not known; give it with --input-shape 1,3,224,224."
-                )
-        flags = Flags(
-            opset, o.parse_names(input_names), o.parse_names(output_names), not static, o.parse_dynamic(dynamic)
-        )
-        made = release(
-            loaded,
-            inputs,
+        request = FoldRequest(
+            checkpoint,
             plain=out,
             onnx=onnx,
-            flags=flags,
+            model=model,
+            model_args=o.parse_model_args(model_args),
+            options=o.site_options(include, exclude),
+            selection=o.selection(ema, prefix),
+            kernels=kernel or (),
+            constant_kernels=constant_kernels,
+            input_shapes=input_shape or (),
+            input_file=input_file,
+            flags=o.flags(opset, input_names, output_names, dynamic, static),
             verify=not no_verify,
-            device=where,
+            device=device,
             min_coverage=min_coverage,
-            certify=True,
             layers=as_json or report is not None,
-            waiting=waiting,
-            progress=shown.step,
         )
-        for note in made.notes:
-            shown.say(note)
-        proof, export = made.proof, made.export
-        written = [] if proof is not None and proof.failed else [str(path) for path in (out, onnx) if path is not None]
-        shown.document = {
-            "source": loaded.source.to_json(),
-            "folded": [*made.fold.folded, *made.fold.by_graph],
-            "notes": made.notes,
-            "export": None if export is None else {**asdict(export), "path": str(onnx)},
-            "proof": None if proof is None else proof.to_json(),
-            "proven": proof is not None and proof.proven and not no_verify,
-            "written": written,
-            "certificate": None if made.certificate is None else str(made.certificate),
-            "layers": None if made.layers is None else [asdict(layer) for layer in made.layers],
-        }
-        if made.certificate is not None:
-            written.append(str(made.certificate))
+        o.announce_code(shown, model)
+        from doconv_convert.workflows.fold import fold_checkpoint
+
+        result = fold_checkpoint(request, waiting=waiting, progress=shown.step)
+        shown.document = result.to_json()
         o.write_report(report, "fold", shown)
-        if proof is None:
-            shown.say(f"folded {len(shown.document['folded'])} kernels; wrote {out}")
-            return
-        shown.proof(proof) if not no_verify else shown.say(f"{onnx}: proven: false (--no-verify)")
-        if export is not None:
-            batch = "dynamic" if export.dynamic_batch else "static"
-            shown.say(f"opset {export.opset}, {export.exporter} exporter, {batch} batch")
-        if proof.failed:
-            shown.say("nothing was written: a check failed")
+        _show(shown, result)
+        if result.proof is not None and result.proof.failed:
             check_failed()
-        shown.say("wrote " + ", ".join(written))
 
 
-def _show_by_keys(shown: Output, made: FoldedByKeys, out: Path) -> None:
-    shown.document = {
-        "source": None,
-        "folded": made.folded,
-        "notes": made.notes,
-        "export": None,
-        "proof": None,
-        "proven": False,
-        "written": [str(out)],
-    }
-    for note in made.notes:
+def _show(shown: Output, result: FoldResult) -> None:
+    for note in result.notes:
         shown.say(note)
-    shown.say(f"folded {len(made.folded)} kernels; wrote {out}")
+    written = "wrote " + ", ".join(map(str, result.written))
+    if result.proof is None or result.export is None:
+        shown.say(f"folded {counted(len(result.folded), 'kernel')}; {written}")
+        return
+    if result.verified:
+        shown.proof(result.proof)
+    else:
+        shown.say(f"{result.export.path}: proven: false (--no-verify)")
+    batch = "dynamic" if result.export.dynamic_batch else "static"
+    shown.say(f"opset {result.export.opset}, {result.export.exporter} exporter, {batch} batch")
+    shown.say("nothing was written: a check failed" if result.proof.failed else written)

@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from doconv_convert.cli.console import Format, Output
 from doconv_convert.cli.github import GithubReport
+from doconv_convert.cli.option_names import with_options
 from doconv_convert.errors import UsageError
+
+if TYPE_CHECKING:
+    from doconv_convert.artifacts.checkpoints.unwrap import Selection
+    from doconv_convert.artifacts.export.job import Flags
+    from doconv_convert.rewrite.options import Options as SiteOptions
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
 As = Annotated[
@@ -19,7 +25,7 @@ As = Annotated[
     typer.Option("--format", help="json is --json; github adds annotations and a Markdown step summary."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, and on stderr what was decided and why.")]
 Include = Annotated[list[str] | None, typer.Option("--include", metavar="GLOB", help="Only these layers; repeats.")]
 Exclude = Annotated[list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Not these layers; repeats.")]
 Seed = Annotated[int, typer.Option("--seed", help="For random weights and for weight_extra.")]
@@ -72,6 +78,26 @@ Device = Annotated[
 ]
 
 
+def site_options(include: Sequence[str] | None, exclude: Sequence[str] | None, **others: Any) -> SiteOptions:
+    from doconv_convert.rewrite.options import Options
+
+    return Options(include=include or ("*",), exclude=exclude or (), **others)
+
+
+def selection(ema: bool, prefix: str) -> Selection:
+    from doconv_convert.artifacts.checkpoints.unwrap import Selection
+
+    return Selection(ema, prefix)
+
+
+def flags(
+    opset: int | None, input_names: str | None, output_names: str | None, dynamic: list[str] | None, static: bool
+) -> Flags:
+    from doconv_convert.artifacts.export.job import Flags
+
+    return Flags(opset, parse_names(input_names), parse_names(output_names), not static, parse_dynamic(dynamic))
+
+
 def chosen_format(form: Format | None, as_json: bool, file: object) -> tuple[bool, GithubReport | None]:
     """Whether to print JSON, and GitHub's report on `file`; --json stands for --format json."""
     if as_json and form not in (None, Format.json):
@@ -95,7 +121,7 @@ def write_report(report: Path | None, command: str, shown: Output) -> None:
     if report is not None:
         from doconv_convert.cli.report.render import write_report
 
-        write_report(report, command, shown.document)
+        write_report(report, command, with_options(shown.document))
         shown.say(f"report: {report}")
 
 

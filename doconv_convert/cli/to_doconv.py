@@ -10,6 +10,7 @@ import typer
 from doconv_convert.cli import options as o
 from doconv_convert.cli.console import Output, output
 from doconv_convert.errors import UsageError
+from doconv_convert.words import short
 
 if TYPE_CHECKING:
     from doconv_convert.rewrite.cost import Cost
@@ -53,74 +54,33 @@ def to_doconv(
     with output(as_json, quiet, debug, _STEPS) as shown:
         if out is None and not dry_run:
             raise UsageError("to-doconv: name the file to write with -o FILE, or pass --dry-run.")
-        from doconv_convert.artifacts.checkpoints.checkpoint import save
-        from doconv_convert.artifacts.checkpoints.unwrap import Selection
-        from doconv_convert.artifacts.models import find_inputs, open_model
-        from doconv_convert.check.torch_runs.device import find_device
-        from doconv_convert.check.torch_runs.exact_start import require_same_function, require_same_start, run_in_eval
-        from doconv_convert.files import check_writable
-        from doconv_convert.rewrite.convert import to_doconv as convert
-        from doconv_convert.rewrite.cost import cost
-        from doconv_convert.rewrite.foreign.authors import authors_sites
-        from doconv_convert.rewrite.foreign.resume import continue_foreign
-        from doconv_convert.rewrite.plan import plan
-        from doconv_convert.rewrite.sites import Options
-
         o.check_report(report, out)
-        if out is not None and not dry_run:
-            check_writable(out)
-        where = find_device(device)
         o.announce_code(shown, source)
-        opened = open_model(source, weights, o.parse_model_args(model_args), seed, Selection(ema, prefix))
-        inputs = find_inputs(opened, input_shape, input_file)
-        chosen = {
-            "d_mul": d_mul,
-            "include": include or ("*",),
-            "exclude": exclude or (),
-            "pointwise": pointwise,
-            "max_d_params": max_d_params,
-        }
-        samples = 2 if inputs is None or inputs.fixed_batch is None else inputs.fixed_batch
-        example = None if inputs is None else inputs.arguments(samples, like=opened.model)
-        if example is not None:
-            run_in_eval(opened.model, example)  # wrong inputs are refused here, in words
-        foreign = None
-        if any(authors_sites(opened.model)):
-            options = Options(**chosen, seed=seed)  # type: ignore[arg-type]
-            foreign = continue_foreign(opened.model, example, options, dry_run=dry_run or example is None)
-        original = opened.model if foreign is None else foreign.plain
-        planned = plan(original, example, **chosen) if foreign is None else foreign.plan  # type: ignore[arg-type]
-        expected = cost(planned, original, batch=batch, measured_batch=samples)
-        notes = opened.notes if foreign is None else (*opened.notes, *foreign.told())
-        shown.document = {
-            "source": opened.source.to_json(),
-            "plan": {**planned.to_json(), "batch": samples},
-            "cost": expected.to_json(),
-            "notes": notes,
-            "written": None,
-        }
-        same = "exactly what the original does (torch.equal)"
-        if not dry_run and out is not None:
-            if example is None:
-                raise UsageError(f"'{source}': its input is not known; give it with --input-shape 1,3,224,224.")
-            shown.step("comparing with the original")
-            if foreign is None or foreign.converted is None:
-                converted = convert(original, example_inputs=example, seed=seed, **chosen)  # type: ignore[arg-type]
-                require_same_start(original, converted, example, where)
-            else:
-                converted = foreign.converted
-                same = "what the foreign model does, " + require_same_function(
-                    opened.model, original, converted, example
-                )
-            save(converted, out, source=opened.source)
-            shown.document["written"] = str(out)
-        for note in notes:
+        from doconv_convert.workflows.convert import ConvertRequest, convert_source
+
+        request = ConvertRequest(
+            source,
+            out=None if dry_run else out,
+            options=o.site_options(
+                include, exclude, d_mul=d_mul, pointwise=pointwise, max_d_params=max_d_params, seed=seed
+            ),
+            weights=weights,
+            model_args=o.parse_model_args(model_args),
+            selection=o.selection(ema, prefix),
+            input_shapes=input_shape or (),
+            input_file=input_file,
+            batch=batch,
+            device=device,
+        )
+        result = convert_source(request, progress=shown.step)
+        shown.document = result.to_json()
+        for note in result.notes:
             shown.say(note)
-        _show(shown, planned, samples)
+        _show(shown, result.plan, result.samples)
         if dry_run:
-            _show_cost(shown, expected)
-        if shown.document["written"]:
-            shown.say(f"wrote {out}: computes {same}")
+            _show_cost(shown, result.cost)
+        if result.written is not None:
+            shown.say(f"wrote {result.written}: computes {result.same}")
         o.write_report(report, "to-doconv", shown)
 
 
@@ -154,11 +114,11 @@ _FIGURES = ("checkpoint_bytes", "sgd_momentum_bytes", "adam_bytes", "composition
 def _show_cost(shown: Output, expected: Cost) -> None:
     """Growth and arithmetic of every over-parameterized kernel, in a table of 80 columns."""
     rows = [
-        [site.name, site.added_parameters, *(_short(getattr(site, figure)) for figure in _FIGURES)]
+        [site.name, site.added_parameters, *(_figure(getattr(site, figure)) for figure in _FIGURES)]
         for site in expected.sites
     ]
     total = [expected.total(figure) for figure in _FIGURES[:-1]]
-    rows.append(["total", expected.total("added_parameters"), *map(_short, [*total, expected.convolution_macs])])
+    rows.append(["total", expected.total("added_parameters"), *map(_figure, [*total, expected.convolution_macs])])
     head = ["layer", "added", "file B", "SGD B", "Adam B", "compose", "convolve"]
     shown.table(head, rows, right=range(1, len(head)))
     shown.say(
@@ -172,11 +132,5 @@ def _show_cost(shown: Output, expected: Cost) -> None:
     shown.say(macs)
 
 
-def _short(number: int | None) -> str:
-    """Four digits: 1.234M."""
-    if number is None:
-        return "-"
-    for unit, size in (("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)):
-        if number >= size:
-            return f"{number / size:.4g}{unit}"
-    return str(number)
+def _figure(number: int | None) -> str:
+    return "-" if number is None else short(number, 4, "")

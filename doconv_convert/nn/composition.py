@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -25,37 +24,15 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from doconv_convert.errors import UsageError
 from doconv_convert.nn import native
 from doconv_convert.nn.product import compiled_product, plus_product
 
 # Numbers in a piece of a kernel: 4 MiB of float64.
 PIECE = 2**19
-COMPOSITIONS = ("kernel", "feature", "auto")
 # Asked once: torch.compile of torch 2.11 cannot trace the question.
 _AUTOCAST_DEVICES = [
     name for name in ("cpu", "cuda", "xpu", "mps", "hpu", "xla") if torch.amp.is_autocast_available(name)
 ]
-
-
-def resolve_d_mul(d_mul: int | str, positions: int) -> int:
-    """D_mul for a kernel of `positions` (K) positions, from 9, "9", "K", "2K" or "K+3".
-
-    Raises UsageError for any other text. A result below K is the caller's to refuse: it knows the site's name.
-    """
-    if isinstance(d_mul, int) and not isinstance(d_mul, bool):
-        return d_mul
-    match = re.fullmatch(r"(\d+)|(\d*)K(?:\+(\d+))?", str(d_mul).replace(" ", ""))
-    if match is None:
-        raise UsageError(f"d_mul: got '{d_mul}', expected a number such as 9, or 'K', '2K', 'K+3'.")
-    number, factor, extra = match.groups()
-    return int(number) if number else int(factor or 1) * positions + int(extra or 0)
-
-
-def require_composition(composition: str) -> None:
-    """Raises UsageError for an unknown one."""
-    if composition not in COMPOSITIONS:
-        raise UsageError(f"composition: got '{composition}', expected one of {', '.join(COMPOSITIONS)}.")
 
 
 def compose_kernel(weight: Tensor, d: Tensor, weight_extra: Tensor | None = None, groups: int = 1) -> Tensor:

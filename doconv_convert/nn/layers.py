@@ -9,14 +9,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from doconv_convert.errors import UsageError
-from doconv_convert.nn.composition import (
-    compose_kernel,
-    convolve_features,
-    draw_weight_extra,
-    kind_of,
-    require_composition,
-    resolve_d_mul,
-)
+from doconv_convert.nn.arguments import require_composition, resolve_d_mul
+from doconv_convert.nn.composition import compose_kernel, convolve_features, draw_weight_extra, kind_of
 from doconv_convert.nn.factors import StoredKernel, new_factors
 from doconv_convert.nn.overlay import OverParameterized, first_slots, kernel_property
 

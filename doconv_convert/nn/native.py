@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+
+logger = logging.getLogger(__name__)
 
 LANES = 16  # product.c's: the most kernel positions it takes
 _SOURCE = Path(__file__).with_name("product.c")
@@ -35,6 +38,7 @@ def load(processor: str, real: str) -> ctypes.CDLL | None:
         return None
     path = _SOURCE.with_name("libraries") / f"product_{processor}_{real}_{digest}.so"
     if not path.exists():
+        logger.info("no '%s': torch's own operations compose kernels", path.name)
         return None
     try:
         library = ctypes.CDLL(str(path))

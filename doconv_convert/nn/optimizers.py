@@ -12,8 +12,7 @@ from torch.fx import GraphModule
 from doconv_convert.errors import CheckFailedError, UsageError
 from doconv_convert.nn.composition import compose_kernel
 from doconv_convert.nn.overlay import stored_kernels
-
-_SHOWN = 8
+from doconv_convert.words import counted, listed
 
 
 def param_groups(
@@ -95,16 +94,15 @@ layers: '0.D'. Build it after the conversion, from model.parameters() or param_g
     missing = [name for name, p in trainable if id(p) not in held]
     if not missing:
         return
-    names = ", ".join(f"'{name}'" for name in missing[:_SHOWN])
-    more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+    names = listed([f"'{name}'" for name in missing])
     strangers = len(held - {id(p) for p in model.parameters()})
     before = (
-        f" It holds {strangers} other parameter{'s' * (strangers != 1)} that the model does not have, as an optimizer "
+        f" It holds {counted(strangers, 'other parameter')} that the model does not have, as an optimizer "
         "does that was built before the conversion."
     )
     raise CheckFailedError(
         f"The optimizer does not hold {len(missing)} of {len(trainable)} trainable parameters of the converted layers: "
-        f"{names}{more}.{before if strangers else ''} Build it after the conversion, from model.parameters() or "
+        f"{names}.{before if strangers else ''} Build it after the conversion, from model.parameters() or "
         "param_groups(model)."
     )
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from doconv_convert.errors import DoconvError
 from doconv_convert.rewrite.discover import Discovery, discover
 from doconv_convert.rewrite.install import install, refuse_name_clashes
+from doconv_convert.rewrite.options import Options
 from doconv_convert.rewrite.passes import ToDOConvPass
-from doconv_convert.rewrite.sites import Action, Options, decide
+from doconv_convert.rewrite.sites import Action, decide
 
 
 def to_doconv(
@@ -63,9 +64,19 @@ def to_doconv(
     ('DOConv2d', True)
     """
     options = Options(d_mul, include, exclude, pointwise, max_d_params, seed, composition)
-    refuse_wrapped(model)
     if not inplace:
-        model = copy_model(model)
+        return convert_copy(model, example_inputs, options)
+    refuse_wrapped(model)
+    return _convert(model, example_inputs, options)
+
+
+def convert_copy(model: nn.Module, example_inputs: Any, options: Options) -> nn.Module:
+    """As `to_doconv`, with what the user chose in one value: a converted copy of `model`."""
+    refuse_wrapped(model)
+    return _convert(copy_model(model), example_inputs, options)
+
+
+def _convert(model: nn.Module, example_inputs: Any, options: Options) -> nn.Module:
     discovery = discover(model, example_inputs)
     decide(discovery.sites, options)
     require_sites(discovery)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,8 @@ from doconv_convert.rewrite.observe import Forward, Watched, watch_forward
 from doconv_convert.rewrite.sites import Action, Owner, Reason, Site
 from doconv_convert.rewrite.tracing import WRITTEN, Region, find_regions, trace
 from doconv_convert.rewrite.writes import graph_writes
+
+logger = logging.getLogger(__name__)
 
 _PLAIN = tuple(DOCONV_CLASSES)
 _QUANTISED = ("torch.ao.nn.", "torch.nn.quantized", "torch.nn.intrinsic", "torch.nn.qat")
@@ -197,7 +200,8 @@ def _probe(conv: Any, groups: int) -> tuple[Reason | None, int]:
     sample = torch.zeros(2, conv.in_channels, *size, dtype=weight.dtype, device=weight.device)
     try:
         forward = watch_forward(conv, sample)
-    except Exception:  # a class that will not take an image: what it does with its kernel stays its own affair
+    except Exception as error:  # a class that will not take an image: what it does with its kernel stays its own affair
+        logger.info("%s does not run on an image of zeros (%s): its kernel is kept", type(conv).__name__, error)
         return Reason.COMPUTED, groups
     if id(weight) in forward.written:
         return Reason.WRITTEN, groups

@@ -11,7 +11,8 @@ from doconv_convert.nn.factors import StoredKernel, new_factors
 from doconv_convert.nn.layers import DOCONV_CLASSES
 from doconv_convert.nn.overlay import is_overlaid, overlay, remove_overlay, stored_kernels
 from doconv_convert.rewrite.discover import is_plain
-from doconv_convert.rewrite.sites import Options, Site
+from doconv_convert.rewrite.options import Options
+from doconv_convert.rewrite.sites import Site
 
 _PLAIN_OF: dict[type[nn.Module], type[nn.Module]] = {layer: plain for plain, layer in DOCONV_CLASSES.items()}
 

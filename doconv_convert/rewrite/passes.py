@@ -28,7 +28,8 @@ from doconv_convert.rewrite.install import (
     refuse_name_clashes,
     register_factors,
 )
-from doconv_convert.rewrite.sites import Action, Options, Site, decide, site_name
+from doconv_convert.rewrite.options import Options
+from doconv_convert.rewrite.sites import Action, Site, decide, site_name
 
 
 class ToDOConvPass(PassBase):

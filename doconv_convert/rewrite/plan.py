@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from doconv_convert.rewrite.discover import Discovery, discover
-from doconv_convert.rewrite.sites import Action, Options, Site, decide
+from doconv_convert.rewrite.options import Options
+from doconv_convert.rewrite.sites import Action, Site, decide
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -10,7 +11,11 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from doconv_convert.errors import UsageError
-from doconv_convert.nn.composition import kind_of, require_composition, resolve_d_mul
+from doconv_convert.nn.arguments import resolve_d_mul
+from doconv_convert.nn.composition import kind_of
+from doconv_convert.rewrite.options import Options
+
+logger = logging.getLogger(__name__)
 
 
 class Reason(enum.Enum):
@@ -124,26 +129,6 @@ class Site:
         self.action, self.reason, self.d_mul = Action.KEEP, reason, None
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the user chose. Globs match a site's names; --exclude wins over --include."""
-
-    d_mul: int | str = "K"
-    include: Sequence[str] = ("*",)
-    exclude: Sequence[str] = ()
-    pointwise: bool = False
-    max_d_params: int = 16_000_000
-    seed: int = 0
-    composition: str = "kernel"
-
-    def __post_init__(self) -> None:
-        resolve_d_mul(self.d_mul, 1)
-        require_composition(self.composition)
-        for option in ("include", "exclude"):
-            if isinstance(getattr(self, option), str):
-                raise UsageError(f"{option}: got the text '{getattr(self, option)}', expected a sequence of globs.")
-
-
 def matches(site: Site, globs: Sequence[str]) -> bool:
     return any(fnmatchcase(name, glob) for name in site.names for glob in globs)
 
@@ -181,4 +166,7 @@ def decide(sites: Sequence[Site], options: Options) -> None:
             f"({'x'.join(map(str, site.shape[2:]))} kernel), got {site.d_mul}"
             for site in too_small
         )
-        raise UsageError(f"{listed}. Use --d-mul K or more, or exclude these layers.")
+        raise UsageError(f"{listed}. Use `d_mul` K or more, or exclude these layers.")
+    for site in sites:
+        if site.reason is not None:
+            logger.info("'%s' is kept: %s", site.name, site.reason.value)

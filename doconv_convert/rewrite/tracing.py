@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import operator
 import random
 from collections import OrderedDict
@@ -20,6 +21,8 @@ from doconv_convert.rewrite.writes import Writes, is_view_of_parameter
 
 # In a traced graph's `meta`: the ids of parameters that were written for good while it was traced.
 WRITTEN = "doconv_convert.written"
+
+logger = logging.getLogger(__name__)
 
 
 class SiteTracer(fx.Tracer):
@@ -100,6 +103,7 @@ def _enter(module: nn.Module, path: str, regions: Regions, visited: set[int]) ->
                 if isinstance(child, fx.GraphModule):
                     _enter(child, f"{path}.{name}".lstrip("."), regions, visited)
             return
+        logger.info("'%s' cannot be traced whole: its children are traced one by one", path or type(module).__name__)
         regions.untraced.append(path)
     for name, child in module.named_children():
         _enter(child, f"{path}.{name}".lstrip("."), regions, visited)
@@ -128,7 +132,9 @@ def trace(module: nn.Module, training: bool) -> fx.GraphModule | None:
             traced = fx.GraphModule(tracer.root, graph)
             traced.meta[WRITTEN] = writes.written
             return None if has_unknown_groups(traced) else traced
-        except Exception:  # a user's forward may raise anything on a proxy; the caller enters the children instead
+        except Exception as error:  # a user's forward may raise anything on a proxy; the caller enters the children
+            mode = "training" if training else "eval"
+            logger.debug("symbolic trace of %s in %s mode failed: %r", type(module).__name__, mode, error)
             return None
         finally:
             writes.undo()

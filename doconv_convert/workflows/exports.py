@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from doconv_convert.artifacts.export.child_process import Child, ExportJob, export_in_child
+from doconv_convert.artifacts.checkpoints.checkpoint import save
+from doconv_convert.artifacts.export.child_process import Child, export_in_child
 from doconv_convert.artifacts.export.exporter import ExportReport
+from doconv_convert.artifacts.export.job import ExportJob, Flags
 from doconv_convert.artifacts.sources.inputs import Inputs
 from doconv_convert.artifacts.sources.source import Source
+from doconv_convert.check.onnx_files.model import onnx_input_shapes
 from doconv_convert.check.outputs.expected import TorchSide
 from doconv_convert.check.torch_runs.memory import give_up, is_large, take_back
 from doconv_convert.check.torch_runs.reference_run import resized_side, torch_side
 from doconv_convert.workflows.trained_model import Loaded, fold_loaded, load_again
 
 Sides = tuple[TorchSide, TorchSide | None]
-
-
-@dataclass(frozen=True)
-class Flags:
-    """How to export: as in `export_onnx`."""
-
-    opset: int | None = None
-    input_names: Sequence[str] | None = None
-    output_names: Sequence[str] | None = None
-    dynamic_batch: bool = True
-    dynamic: Mapping[str, Mapping[int, str]] | None = None
 
 
 def export_job(
@@ -46,24 +38,43 @@ def export_job(
     trained: Loaded | None = None,
 ) -> ExportJob:
     """An export in a child: of `source`'s plain network with `state`, or of `trained` folded by the child."""
-    return ExportJob(
-        source,
-        state,
-        sample,
-        target,
-        flags.opset,
-        flags.input_names,
-        flags.output_names,
-        flags.dynamic_batch and inputs.fixed_batch is None,
-        flags.dynamic,
-        image_list=inputs.image_list,
-        checkpoint=None if trained is None else Path(trained.checkpoint.path),
-        include=("*",) if trained is None else tuple(trained.options.include),
-        exclude=() if trained is None else tuple(trained.options.exclude),
-        ema=trained is not None and trained.checkpoint.selection.ema,
-        prefix="" if trained is None else trained.checkpoint.selection.prefix,
-        constant_kernels=trained is not None and trained.constant_kernels,
+    dynamic_batch = flags.dynamic_batch and inputs.fixed_batch is None
+    flags = replace(flags, dynamic_batch=dynamic_batch)
+    job = ExportJob(source, state, sample, target, flags, image_list=inputs.image_list)
+    if trained is None:
+        return job
+    return replace(
+        job,
+        checkpoint=Path(trained.checkpoint.path),
+        options=trained.options,
+        selection=trained.checkpoint.selection,
+        constant_kernels=trained.constant_kernels,
     )
+
+
+def export_baseline(
+    folder: Path,
+    source: Source,
+    folded: nn.Module,
+    inputs: Inputs,
+    flags: Flags,
+    *,
+    batch: int | None = None,
+    fold_foreign: bool = False,
+    constant_kernels: bool = False,
+) -> Path:
+    """Export `source`'s plain network with the values of `folded` in a child; the ONNX file, in `folder`."""
+    state, sample, baseline = folder / "plain.safetensors", folder / "inputs.npz", folder / "baseline.onnx"
+    save(folded, state)
+    write_inputs(sample, inputs.tensors(batch or inputs.export_batch))
+    job = export_job(source, state, sample, baseline, flags, inputs)
+    export_in_child([replace(job, fold_foreign=fold_foreign, constant_kernels=constant_kernels)])
+    return baseline
+
+
+def is_dynamic(path: Path) -> bool:
+    """Whether the batch of every input is open."""
+    return all(isinstance(shape[0], str) for shape in onnx_input_shapes(path).values() if shape)
 
 
 def write_inputs(path: Path, tensors: Sequence[Tensor]) -> None:

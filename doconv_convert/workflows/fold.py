@@ -1,4 +1,4 @@
-"""From a checkpoint to a proven ONNX file: load, fold, export in children, prove, and only then write."""
+"""`fold`, step by step: load the checkpoint, fold, export in children, prove, and only then write."""
 
 from __future__ import annotations
 
@@ -6,46 +6,82 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from doconv_convert.artifacts.checkpoints.checkpoint import save
-from doconv_convert.artifacts.checkpoints.recipe import RecipeSite, recipe_sites
+from doconv_convert.artifacts.checkpoints.fold_by_keys import fold_foreign_file
+from doconv_convert.artifacts.checkpoints.recipe import recipe_sites
 from doconv_convert.artifacts.export.child_process import Child
-from doconv_convert.artifacts.export.exporter import ExportReport
+from doconv_convert.artifacts.export.job import Flags
 from doconv_convert.artifacts.export.onnx_file import install_model
+from doconv_convert.artifacts.models import Opened, find_inputs
 from doconv_convert.artifacts.sources.inputs import Inputs
-from doconv_convert.check.certificate.certificate import Origin, certificate_path, remove_certificate, write_certificate
+from doconv_convert.artifacts.sources.source import parse_source
+from doconv_convert.check.certificate.certificate import (
+    Origin,
+    certificate_path,
+    remove_certificate,
+    write_certificate,
+)
 from doconv_convert.check.proof import prove
-from doconv_convert.check.status import Proof, Status
+from doconv_convert.check.status import Proof
+from doconv_convert.check.torch_runs.device import find_device
 from doconv_convert.check.torch_runs.exact_start import run_in_eval
 from doconv_convert.check.torch_runs.memory import is_large
-from doconv_convert.errors import DoconvError
+from doconv_convert.errors import DoconvError, UsageError
 from doconv_convert.files import check_writable, temporary_beside
-from doconv_convert.rewrite.fold import FoldReport
-from doconv_convert.rewrite.fold_kernels import FOLD_TOLERANCE
-from doconv_convert.rewrite.layer_stats import Layer, trained_layers
-from doconv_convert.workflows.exports import Flags, export_and_run, export_job, threads_beside, write_inputs
-from doconv_convert.workflows.trained_model import Loaded, fold_loaded
+from doconv_convert.workflows.exports import export_and_run, export_job, threads_beside, write_inputs
+from doconv_convert.workflows.fold_request import FoldRequest
+from doconv_convert.workflows.fold_result import FoldResult, describe_layers, fold_status, notes_on_fold
+from doconv_convert.workflows.trained_model import Loaded, fold_loaded, load_trained
+
+Progress = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Release:
-    """What `fold` made: the fold's report, the export's, the proof (None without ONNX), remarks, the certificate,
-    and the model's convolutions, where they were asked for."""
+def fold_checkpoint(
+    request: FoldRequest, *, waiting: Sequence[Child] = (), progress: Progress = lambda text: None
+) -> FoldResult:
+    """Fold a checkpoint and write what is asked for; `waiting` children take the exports.
 
-    fold: FoldReport
-    export: ExportReport | None
-    proof: Proof | None
-    notes: tuple[str, ...]
-    certificate: Path | None = None
-    layers: list[Layer] | None = None
+    Without a model and an ONNX file, layers of the original implementation are folded by their keys alone.
+    Raises UsageError and DoconvError, before anything is written.
+    """
+    device = find_device(request.device)
+    if request.model is None and request.onnx is None and request.plain is not None:
+        by_keys = fold_foreign_file(request.checkpoint, request.selection, request.kernels, request.plain)
+        if by_keys is not None:
+            return FoldResult(by_keys.folded, by_keys.notes, (request.plain,))
+    if request.kernels:
+        raise UsageError("`kernels` is for foreign layers folded without a model; with `model` the model tells.")
+    source = None if request.model is None else parse_source(request.model, request.model_args)
+    loaded = load_trained(request.checkpoint, source, request.options, request.selection, request.constant_kernels)
+    inputs = None
+    if request.onnx is not None:
+        inputs = find_inputs(Opened(loaded.trained, loaded.source), request.input_shapes, request.input_file)
+        if inputs is None:
+            raise UsageError(
+                f"'{loaded.source.text}': its input is not known; give it with `input_shapes` 1,3,224,224."
+            )
+    return fold_and_prove(
+        loaded,
+        inputs,
+        plain=request.plain,
+        onnx=request.onnx,
+        flags=request.flags,
+        verify=request.verify,
+        device=device,
+        min_coverage=request.min_coverage,
+        certify=True,
+        layers=request.layers,
+        waiting=waiting,
+        progress=progress,
+    )
 
 
-def release(
+def fold_and_prove(
     loaded: Loaded,
     inputs: Inputs | None,
     *,
@@ -58,8 +94,8 @@ def release(
     certify: bool = False,
     layers: bool = False,
     waiting: Sequence[Child] = (),
-    progress: Callable[[str], None] = lambda text: None,
-) -> Release:
+    progress: Progress = lambda text: None,
+) -> FoldResult:
     """Fold, export and prove; `plain` and `onnx` are written only when no check failed, with `certify` and a proof
     the certificate of `onnx` too. `layers` asks for the convolutions and how training moved them. `waiting` children
     take the exports. The models of a large network have no values afterwards (`check/torch_runs/memory.py`).
@@ -76,14 +112,20 @@ def release(
     with threads_beside(len(waiting)):
         folded = fold_loaded(loaded, inplace=onnx is None and not layers)
     status = fold_status(sites, folded)
-    notes = _notes(loaded, folded, sites)
-    moved = describe_layers(loaded.trained, folded, inputs) if layers else None
     # a network whose foreign layers became plain ones is no longer what its source draws
     plain_source = None if folded.by_graph else loaded.source
+    result = FoldResult(
+        (*folded.folded, *folded.by_graph),
+        notes_on_fold(loaded, folded, sites),
+        source=loaded.source,
+        model=folded.model,
+        verified=verify,
+        layers=describe_layers(loaded.trained, folded, inputs) if layers else None,
+    )
     if onnx is None or inputs is None:
         if plain is not None:
             save(folded.model, plain, source=plain_source)
-        return Release(folded, None, None, notes, layers=moved)
+        return replace(result, written=() if plain is None else (plain,))
     beside = 0 if is_large(loaded.trained) else 2 if verify else 1
     with _workspace(onnx) as workspace, threads_beside(beside):
         state = workspace / "plain.safetensors"
@@ -99,19 +141,22 @@ def release(
         progress("exporting")
         reports, sides = export_and_run(jobs, loaded, folded.model, inputs, flags, device, waiting)
         progress("proving")
-        proof = Proof(str(onnx), [status])
         if sides:
             proof = prove(candidate, baseline, sides[0], status, sides[1], min_coverage)
+        else:
+            proof = Proof(str(onnx), [status])
         proof.file = str(onnx)
-        certificate = None
-        if not proof.failed:
-            made: list[Path] = []
-            if certify and sides and proof.count is not None:
-                origin = Origin(Path(loaded.checkpoint.path), loaded.source, reports[0].opset, reports[0].exporter)
-                made = write_certificate(candidate, proof, sides[0], origin)  # of the bytes that were proven
-                certificate = certificate_path(onnx)
-            _install(candidate, onnx, made, (state, plain))
-    return Release(folded, reports[0], proof, notes, certificate, moved)
+        result = replace(result, export=replace(reports[0], path=str(onnx)), proof=proof)
+        if proof.failed:
+            return result
+        made: list[Path] = []
+        if certify and sides and proof.count is not None:
+            origin = Origin(Path(loaded.checkpoint.path), loaded.source, reports[0].opset, reports[0].exporter)
+            made = write_certificate(candidate, proof, sides[0], origin)  # of the bytes that were proven
+        _install(candidate, onnx, made, (state, plain))
+    certificate = certificate_path(onnx) if made else None
+    written = (plain, onnx, certificate)
+    return replace(result, certificate=certificate, written=tuple(path for path in written if path is not None))
 
 
 def _install(candidate: Path, onnx: Path, beside: Sequence[Path], plain: tuple[Path, Path | None]) -> None:
@@ -129,29 +174,6 @@ def _install(candidate: Path, onnx: Path, beside: Sequence[Path], plain: tuple[P
         remove_certificate(onnx)
 
 
-def describe_layers(trained: nn.Module, folded: FoldReport, inputs: Inputs | None) -> list[Layer]:
-    """Every convolution of the folded model, and how far training moved those with a D."""
-    if inputs is None:
-        return trained_layers(trained, folded.model)
-    example = inputs.arguments(inputs.export_batch, like=folded.model)
-    return trained_layers(trained, folded.model, example, inputs.export_batch)
-
-
-def fold_status(sites: Sequence[RecipeSite], folded: FoldReport) -> Status:
-    """The per-site check's status: `fold` raises where it fails, so coming past it is having passed. `sites` are the
-    trained model's (`recipe_sites`)."""
-    without_d = sum(site.d_mul is None for site in sites)
-    if not folded.folded and not folded.by_graph and not without_d:
-        return Status("fold", "passed", "nothing to fold: a plain checkpoint")
-    others = f" ({without_d} more have no D)" if without_d else ""
-    detail = (
-        f"{len(folded.folded)} kernels{others}; kernel and feature composition agree in float64 to {FOLD_TOLERANCE:.0e}"
-    )
-    if folded.by_graph:
-        detail += f"; {len(folded.by_graph)} foreign layers folded by graph, equal to their own forward to as much"
-    return Status("fold", "passed", detail)
-
-
 @contextmanager
 def _workspace(target: Path) -> Iterator[Path]:
     """A folder beside the target: what is proven there moves into place by a rename."""
@@ -163,20 +185,3 @@ def _workspace(target: Path) -> Iterator[Path]:
         raise DoconvError(f"cannot write '{target}': {reason}; free the place or choose another folder") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _notes(loaded: Loaded, folded: FoldReport, sites: Sequence[RecipeSite]) -> tuple[str, ...]:
-    notes = [*loaded.checkpoint.notes, *folded.notes]
-    if not sites and not loaded.checkpoint.units and not folded.by_graph:
-        notes.append(f"'{loaded.checkpoint.path}' has no D: a plain checkpoint, nothing to fold")
-    notes += [f"'{one.name}' ({one.cls}) was not folded: {one.declined}" for one in folded.foreign if one.declined]
-    dtypes = {str(p.dtype).removeprefix("torch.") for p in loaded.trained.parameters()} & {
-        "bfloat16",
-        "float16",
-        "float64",
-    }
-    if dtypes:
-        notes.append(
-            f"the model is {', '.join(sorted(dtypes))}; the ONNX file is float32, which onnxruntime's CPU runs"
-        )
-    return tuple(notes)

@@ -15,7 +15,7 @@ from doconv_convert.artifacts.sources.source import Source, build
 from doconv_convert.errors import UsageError
 from doconv_convert.rewrite.convert import copy_model
 from doconv_convert.rewrite.fold import FoldReport, fold_in_place
-from doconv_convert.rewrite.sites import Options
+from doconv_convert.rewrite.options import Options
 from doconv_convert.rewrite.tracing import in_eval
 
 
@@ -65,4 +65,4 @@ def fold_loaded(loaded: Loaded, *, inplace: bool = False) -> FoldReport:
 
 
 def _no_source(path: Path) -> Source:
-    raise UsageError(f"'{path}' has no recipe that says what model it holds; name it with --model SOURCE.")
+    raise UsageError(f"'{path}' has no recipe that says what model it holds; name it with `model` SOURCE.")

@@ -20,7 +20,7 @@ KERNEL = r"kernel|fold(ed)? model|weight"
 EXPORT = rf"export|{KERNEL}"
 RANDOM = r"itself|repeat|random|run to run|two runs"
 UNSAVED = r"checkpoint|state dict|saved|seed|built"
-UNSHOWN = r"same for every|constant|shows nothing|does not depend|--input"
+UNSHOWN = r"same for every|constant|shows nothing|does not depend|--input|`input_file`"
 # No reason for a net whose outputs do depend on its inputs.
 MISLEADING = r"same for every sample|please report|Traceback"
 

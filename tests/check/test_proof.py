@@ -250,7 +250,7 @@ def exported(model: nn.Module, folder: Path, inputs: Tensor) -> Proof:
 def test_a_constant_output_shows_nothing(tmp_path: Path) -> None:
     proof = exported(tiny(tmp_path, "constant"), tmp_path, varied_images(3, 2, 6, 6))
     assert failed(proof) == {"outputs"}
-    assert "pass --input" in str(proof.statuses)
+    assert "pass `input_file`" in str(proof.statuses)
     assert not Proof("f", [Status("outputs", "not checked", "")]).proven
 
 
@@ -297,7 +297,7 @@ def test_blind_kernels_count_only_with_the_fold_and_equal_bytes() -> None:
     side = side_with({"seen": 2.0, "blind": 0.5, "training": None})
     status = check_coverage(side, "passed", "passed")
     assert status.state == "passed"
-    assert status.detail.startswith("a change of 1e-3 would show in the outputs for 1 of 3 kernels; 2 others by")
+    assert status.detail.startswith("a change of 0.1 % would show in the outputs for 1 of 3 kernels; 2 others by")
     assert status.findings == ("'blind' moves them by 0.5 bounds", "'training' only runs in training")
     for graph, folded in (("failed", "passed"), ("not checked", "passed"), ("passed", "failed")):
         assert check_coverage(side, graph, folded).state == "failed"  # type: ignore[arg-type]
@@ -327,7 +327,7 @@ def test_two_onnx_files_that_ignore_their_input_show_nothing(tmp_path: Path) -> 
     export_onnx(tiny(tmp_path, "constant"), (varied_images(2, 2, 6, 6),), tmp_path / "m.onnx")
     proof = verify(tmp_path / "m.onnx", against=tmp_path / "m.onnx")
     assert failed(proof) == {"outputs"}
-    assert "pass --input" in str(proof.statuses)
+    assert "pass `input_file`" in str(proof.statuses)
 
 
 def test_each_of_several_outputs_must_depend_on_the_input(tmp_path: Path) -> None:

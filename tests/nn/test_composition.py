@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from doconv_convert import DOConv1d, DOConv2d, DOConv3d, UsageError, feature_macs, kernel_macs
 from doconv_convert.nn import composition
-from doconv_convert.nn.composition import compose_kernel, resolve_d_mul, row_pieces
+from doconv_convert.nn.arguments import resolve_d_mul
+from doconv_convert.nn.composition import compose_kernel, row_pieces
 
 # Said by torch once a process, of the plain layer too.
 pytestmark = [

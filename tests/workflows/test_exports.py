@@ -10,14 +10,15 @@ from torch import nn
 
 from doconv_convert import to_doconv
 from doconv_convert.artifacts.export import child_process
+from doconv_convert.artifacts.export.job import Flags
 from doconv_convert.artifacts.models import Opened, find_inputs
 from doconv_convert.artifacts.sources.source import build, parse_source
 from doconv_convert.check.torch_runs import memory
 from doconv_convert.check.torch_runs.memory import give_up, take_back
-from doconv_convert.rewrite.sites import Options
+from doconv_convert.rewrite.options import Options
 from doconv_convert.workflows import exports
-from doconv_convert.workflows.exports import Flags
-from doconv_convert.workflows.fold import Release, release
+from doconv_convert.workflows.fold import fold_and_prove
+from doconv_convert.workflows.fold_result import FoldResult
 from doconv_convert.workflows.rehearsal.randomize import make_lively
 from doconv_convert.workflows.trained_model import load_trained
 
@@ -46,7 +47,7 @@ def together():
 """
 
 
-def released(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Release, nn.Module]:
+def released(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[FoldResult, nn.Module]:
     (folder / "nets.py").write_text(NETS)
     source = parse_source(f"{folder / 'nets.py'}:{name}")
     model = to_doconv(build(source))
@@ -57,7 +58,7 @@ def released(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch, **options
     loaded = load_trained(folder / "trained.pth", source, Options())
     monkeypatch.setattr(child_process, "Child", ExportsHere)
     monkeypatch.setattr(memory, "LARGE", 0)
-    return release(loaded, inputs, onnx=folder / "out.onnx", **options), loaded.trained
+    return fold_and_prove(loaded, inputs, onnx=folder / "out.onnx", **options), loaded.trained
 
 
 def test_a_large_model_is_proven_without_its_weights_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +66,7 @@ def test_a_large_model_is_proven_without_its_weights_in_memory(tmp_path: Path, m
     assert made.proof is not None
     assert made.proof.proven
     assert len(made.proof.reach) == 2
-    for model in (trained, made.fold.model):
+    for model in (trained, made.model):
         assert [tensor.numel() for tensor in model.parameters()] == [0] * len(list(model.parameters()))
 
 
@@ -85,7 +86,7 @@ def test_a_static_export_is_compared_at_its_own_batch(
     exported = exports.export_in_child
 
     def static(jobs: Any, **options: Any) -> Any:
-        return exported([exports.replace(job, dynamic_batch=False) for job in jobs], **options)
+        return exported([job.with_flags(dynamic_batch=False) for job in jobs], **options)
 
     monkeypatch.setattr(exports, "export_in_child", static)
     made, _ = released(tmp_path, name, monkeypatch, flags=Flags())
@@ -93,7 +94,7 @@ def test_a_static_export_is_compared_at_its_own_batch(
     assert made.proof.proven
     assert made.export is not None
     assert made.export.dynamic_batch is False
-    assert "on 2 samples" in next(s.detail for s in made.proof.statuses if s.name == "outputs")
+    assert "2 samples" in next(s.detail for s in made.proof.statuses if s.name == "outputs")
 
 
 def test_weights_given_up_come_back() -> None:

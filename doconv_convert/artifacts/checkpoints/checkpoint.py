@@ -29,13 +29,13 @@ from doconv_convert.files import atomic_write
 from doconv_convert.nn.composition import memory_format
 from doconv_convert.nn.factors import refuse_shards
 from doconv_convert.rewrite.foreign.authors import folded_authors_kernel, install_authors
-from doconv_convert.rewrite.sites import Options
+from doconv_convert.rewrite.options import Options
+from doconv_convert.words import listed
 
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 # Absent from files older than torch 0.4.1; torch itself fills it in, in strict loads too.
 _FORGIVEN = "num_batches_tracked"
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-_SHOWN = 5
 
 
 def save(model: nn.Module, path: str | Path, *, source: Source | str | None = None) -> None:
@@ -161,12 +161,12 @@ def plain_tensors(units: Sequence[Unit], model: nn.Module, path: str) -> dict[st
             shape = None if plain is None else tuple(plain.shape)
             raise DoconvError(
                 f"'{path}': the DO-Conv layer '{unit.name}' has {unit.positions} kernel positions, the model's "
-                f"'weight' there {shape}; name the architecture it was trained with (--model, --model-args)."
+                f"'weight' there {shape}; name the architecture it was trained with (`model`, `model_args`)."
             )
         if unit.groups is not None and groups is not None and unit.groups != groups:
             raise DoconvError(
                 f"'{path}': the DO-Conv layer '{unit.name}' has {unit.groups} groups by its shapes, the model's "
-                f"{groups}; name the architecture it was trained with (--model, --model-args)."
+                f"{groups}; name the architecture it was trained with (`model`, `model_args`)."
             )
         # a kernel that was folded already has its own height and width: another order is another shape
         made |= folded_tensors(unit, plain.shape[2:] if unit.d is not None or unit.positions == 1 else unit.w.shape[2:])
@@ -242,7 +242,7 @@ def _require_fit(model: nn.Module, state: Mapping[str, Tensor], path: str, *, pl
     ]
     if missing or unexpected or misshapen:
         parts = [
-            f"{len(found)} {what}: {', '.join(found[:_SHOWN])}{', ...' if len(found) > _SHOWN else ''}"
+            f"{len(found)} {what}: {listed(found)}"
             for what, found in (
                 ("missing", [f"'{k}'" for k in missing]),
                 ("unexpected", [f"'{k}'" for k in unexpected]),
@@ -252,7 +252,7 @@ def _require_fit(model: nn.Module, state: Mapping[str, Tensor], path: str, *, pl
         ]
         raise DoconvError(
             f"'{path}' does not fit {type(model).__name__}: {'; '.join(parts)}. Name the architecture it was "
-            "trained with (--model, --model-args)."
+            "trained with (`model`, `model_args`)."
         )
 
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from doconv_convert.artifacts.checkpoints.pickles import load_tensors
-from doconv_convert.artifacts.checkpoints.unwrap import Unwrapper, listed
+from doconv_convert.artifacts.checkpoints.unwrap import Unwrapper
 from doconv_convert.errors import DoconvError
+from doconv_convert.words import listed
 
 METADATA_FILE = ".metadata"
 
@@ -165,7 +166,7 @@ def _choose(tree: Tree, unwrapper: Unwrapper) -> dict[str, tuple[str, Any]]:
             if len(nested) > 1:
                 raise DoconvError(
                     f"'{unwrapper.path}' holds {', '.join(map(repr, nested))}; which is the model? Take it with "
-                    f"--prefix {nested[0]}., or save it under 'model', or alone."
+                    f"`prefix` {nested[0]}., or save it under 'model', or alone."
                 )
             wrapper = nested[0]
             unwrapper.notes.append(f"took '{wrapper}' of {listed(list(tree))}")

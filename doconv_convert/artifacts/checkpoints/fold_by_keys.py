@@ -17,9 +17,10 @@ from doconv_convert.artifacts.checkpoints.checkpoint import folded_tensors, with
 from doconv_convert.artifacts.checkpoints.foreign_keys import Unit, find_units
 from doconv_convert.artifacts.checkpoints.reading import Checkpoint, read_checkpoint, require_finite
 from doconv_convert.artifacts.checkpoints.recipe import Recipe
-from doconv_convert.artifacts.checkpoints.unwrap import Selection, listed
+from doconv_convert.artifacts.checkpoints.unwrap import Selection
 from doconv_convert.errors import DoconvError, UsageError
 from doconv_convert.rewrite.fold import untrained_notes
+from doconv_convert.words import listed
 
 Size = tuple[int, ...]
 
@@ -61,17 +62,17 @@ def parse_kernel(text: str) -> tuple[str, Size]:
     """("GLOB", (1, 9)) from "GLOB=1x9". Raises UsageError."""
     glob, _, size = text.rpartition("=")
     if not glob or not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}){0,2}", size):
-        raise UsageError(f"--kernel: got '{text}', expected GLOB=HEIGHTxWIDTH such as 'stem.*=1x9'.")
+        raise UsageError(f"`kernels`: got '{text}', expected GLOB=HEIGHTxWIDTH such as 'stem.*=1x9'.")
     return glob, tuple(map(int, size.split("x")))
 
 
 def _choose_sizes(
     units: Sequence[Unit], sizes: Sequence[tuple[str, Size]], checkpoint: Checkpoint
 ) -> tuple[dict[str, Size], tuple[str, ...]]:
-    """Every unit's kernel size, and a sentence on what was assumed. A later --kernel wins over an earlier one."""
+    """Every unit's kernel size, and a sentence on what was assumed. A later `kernels` wins over an earlier one."""
     for glob, _ in sizes:
         if not any(fnmatchcase(unit.name, glob) for unit in units):
-            raise UsageError(f"--kernel '{glob}' matches no layer; the file's are {listed([u.name for u in units])}.")
+            raise UsageError(f"`kernels` '{glob}' matches no layer; the file's are {listed([u.name for u in units])}.")
     chosen: dict[str, Size] = {}
     assumed: list[str] = []
     for unit in units:
@@ -83,18 +84,18 @@ def _choose_sizes(
             chosen[unit.name] = given[-1]
         elif given:
             wrong = "x".join(map(str, given[-1]))
-            raise UsageError(f"--kernel: '{unit.name}' has {unit.positions} kernel positions, {wrong} does not fit.")
+            raise UsageError(f"`kernels`: '{unit.name}' has {unit.positions} kernel positions, {wrong} does not fit.")
         elif side * side == unit.positions:
             chosen[unit.name] = (side, side)
             assumed.append(f"{unit.name} {side}x{side}")
         else:
             raise DoconvError(
                 f"'{checkpoint.path}': '{unit.name}' has {unit.positions} kernel positions, which are no square; give "
-                f"its size, --kernel '{unit.name}=1x{unit.positions}', or the network, --model SOURCE."
+                f"its size, `kernels` '{unit.name}=1x{unit.positions}', or the network, `model` SOURCE."
             )
     if not assumed:
         return chosen, ()
     return chosen, (
-        f"{len(assumed)} kernels are assumed to be square, since keys do not tell ({listed(assumed)}); --kernel "
-        "GLOB=1x9 or --model SOURCE says otherwise",
+        f"{len(assumed)} kernels are assumed to be square, since keys do not tell ({listed(assumed)}); `kernels` "
+        "GLOB=1x9 or `model` SOURCE says otherwise",
     )

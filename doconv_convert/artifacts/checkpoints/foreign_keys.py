@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from doconv_convert.artifacts.checkpoints.unwrap import listed
 from doconv_convert.errors import DoconvError
+from doconv_convert.words import listed
 
 IDENTITIES = ("d_diag", "D_diag")
 ASSUMED = (
     "the authors' formula is assumed for them: keys cannot tell a class that also passes its kernel through a gate, or "
-    "sums D over all channels; with the class at hand, name it (--model FILE.py:FACTORY) and its own code is read"
+    "sums D over all channels; with the class at hand, name it (`model` FILE.py:FACTORY) and its own code is read"
 )
 
 

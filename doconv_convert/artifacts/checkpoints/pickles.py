@@ -20,8 +20,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from doconv_convert.artifacts.checkpoints.unwrap import listed
 from doconv_convert.errors import DoconvError
+from doconv_convert.words import listed
 
 # How often a file's bytes may come again in its tensors: layers that share weights, and expanded buffers.
 _REPEATS = 64

@@ -18,11 +18,11 @@ from doconv_convert.artifacts.checkpoints.distributed import is_distributed, rea
 from doconv_convert.artifacts.checkpoints.foreign_keys import Unit
 from doconv_convert.artifacts.checkpoints.pickles import load_tensors
 from doconv_convert.artifacts.checkpoints.recipe import METADATA_KEY, Recipe
-from doconv_convert.artifacts.checkpoints.unwrap import Selection, Unwrapper, listed, under_prefix, unwrap
+from doconv_convert.artifacts.checkpoints.unwrap import Selection, Unwrapper, under_prefix, unwrap
 from doconv_convert.errors import DoconvError
+from doconv_convert.words import listed
 
 INDEX_SUFFIX = ".index.json"
-_SHOWN = 5
 # Files of other frameworks, by how they begin.
 _OTHER_KINDS = {
     b"\x89HDF\r\n\x1a\n": "an HDF5 file (Keras, TensorFlow)",
@@ -67,7 +67,7 @@ def read_checkpoint(path: str | Path, selection: Selection | None = None) -> Che
     else:
         state, recipe = _read_safetensors(name)
         if recipe is not None and (selection.prefix or selection.ema):
-            raise DoconvError(f"'{name}' is a file of ours, which is one whole model: leave out --prefix and --ema.")
+            raise DoconvError(f"'{name}' is a file of ours, which is one whole model: leave out `prefix` and `ema`.")
         state = state if recipe else _selected(state, unwrapper)
     if not state:
         raise DoconvError(f"'{name}' holds no tensors.")
@@ -82,9 +82,8 @@ def require_finite(checkpoint: Checkpoint) -> None:
         if (t.is_floating_point() or t.is_complex()) and not torch.isfinite(t).all()
     ]
     if bad:
-        more = ", ..." if len(bad) > _SHOWN else ""
         raise DoconvError(
-            f"'{checkpoint.path}' has NaN or infinite values in {', '.join(bad[:_SHOWN])}{more}; expected none. "
+            f"'{checkpoint.path}' has NaN or infinite values in {listed(bad)}; expected none. "
             "The training diverged or the file is damaged: go back to an earlier checkpoint."
         )
 
@@ -200,12 +199,12 @@ def _read_pickle(path: Path, unwrapper: Unwrapper) -> dict[str, Tensor]:
     other = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if len(other) == len(state) > 1 and all(isinstance(value, Mapping) for value in state.values()):
         raise DoconvError(
-            f"'{path}' holds several dictionaries ({listed(list(state))}); take one of them: --prefix {other[0]}."
+            f"'{path}' holds several dictionaries ({listed(list(state))}); take one of them: `prefix` {other[0]}."
         )
     if other:
         kind = type(state[other[0]]).__name__
         raise DoconvError(
             f"'{path}': '{other[0][:80]}' is a {kind}, expected tensors only; save model.state_dict(), or take the "
-            "model's part with --prefix."
+            "model's part with `prefix`."
         )
     return state

@@ -16,10 +16,13 @@ from doconv_convert.nn.overlay import stored_kernels
 from doconv_convert.rewrite.discover import discover
 from doconv_convert.rewrite.fx_graph import composition_nodes
 from doconv_convert.rewrite.install import install, refuse_name_clashes
+from doconv_convert.rewrite.options import Options
 from doconv_convert.rewrite.passes import ToDOConvPass
-from doconv_convert.rewrite.sites import Action, Options, Owner, Site, decide, site_name
+from doconv_convert.rewrite.sites import Action, Owner, Site, decide, site_name
 from doconv_convert.versions import __version__
+from doconv_convert.words import listed
 
+# docs/metadata.md is the format's page.
 METADATA_KEY = "doconv_convert"
 FORMAT_VERSION = 1
 # What a recipe may hand to a torchvision or timm builder: sizes and switches, nothing that names a file.
@@ -87,19 +90,19 @@ class Recipe:
         """
         if self.source is None:
             raise DoconvError(
-                f"'{path}' does not say what model it holds; name it with --model SOURCE (in Python: load(path, "
+                f"'{path}' does not say what model it holds; name it with `model` SOURCE (in Python: load(path, "
                 "model=...))."
             )
         if self.source.kind not in ("torchvision", "timm"):
             raise DoconvError(
-                f"'{path}' names '{self.source.text}'; its code is only run if you name it: --model "
+                f"'{path}' names '{self.source.text}'; its code is only run if you name it: `model` "
                 f"{self.source.text} (in Python: load(path, model=...))."
             )
         unknown = sorted(self.source.args.keys() - RECIPE_ARGS)
         if unknown:
             raise DoconvError(
-                f"'{path}' asks for the model argument '{unknown[0]}', which a recipe may not set; pass --model "
-                f"{self.source.text} --model-args JSON yourself."
+                f"'{path}' asks for the model argument '{unknown[0]}', which a recipe may not set; pass `model` "
+                f"{self.source.text} `model_args` JSON yourself."
             )
         try:
             return parse_source(self.source.text, self.source.args)
@@ -158,7 +161,7 @@ def apply_recipe(model: nn.Module, sites: Sequence[RecipeSite], state: Mapping[s
         if owner is None or parameter is None:
             raise DoconvError(
                 f"'{path}': the over-parameterized kernel '{site_name(one.owner, one.kernel)}' is not in "
-                f"{type(model).__name__}; name the architecture it was trained with (--model, --model-args)."
+                f"{type(model).__name__}; name the architecture it was trained with (`model`, `model_args`)."
             )
         _require_factors(one, parameter, state, path)
         if (one.owner, one.kernel, one.groups) in already:
@@ -181,7 +184,7 @@ def _require_factors(one: RecipeSite, parameter: Tensor, state: Mapping[str, Ten
     if parameter.dim() not in (3, 4, 5) or shape[0] % one.groups:
         raise DoconvError(
             f"'{path}': its recipe gives '{name}' {one.groups} groups, which a kernel of shape {tuple(shape)} cannot "
-            "have; it is damaged, or from another architecture (--model, --model-args)."
+            "have; it is damaged, or from another architecture (`model`, `model_args`)."
         )
     if one.d_mul is None:
         return
@@ -241,9 +244,9 @@ def sites_from_keys(
         and f"{site.owners[0].path}.{site.owners[0].kernel}".lstrip(".") in state
     ]
     if lost:
-        names = ", ".join(f"'{site.name}'" for site in lost[:5]) + (", ..." if len(lost) > 5 else "")
-        exclude = " ".join(f"--exclude '{site.name}'" for site in lost)
-        include = " ".join(f"--include '{site_name(*key)}'" for key in found)
+        names = listed([f"'{site.name}'" for site in lost])
+        exclude = " ".join(f"`exclude` '{site.name}'" for site in lost)
+        include = " ".join(f"`include` '{site_name(*key)}'" for key in found)
         raise DoconvError(
             f"'{path}': {len(found)} kernels have a D, but {len(lost)} have none ({names}); the file may have lost "
             f"them. If they were left out of the conversion, say so: {min(exclude, include, key=len)}"

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from doconv_convert.errors import DoconvError
+from doconv_convert.words import listed
 
 # Under these names training scripts keep the model, and its average, beside other things.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "params")
 AVERAGES = ("ema", "model_ema", "state_dict_ema", "ema_state_dict", "params_ema")
 # What torch.optim.swa_utils.AveragedModel counts beside the averaged weights.
 AVERAGED = "n_averaged"
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,6 @@ class Selection:
 
     ema: bool = False
     prefix: str = ""
-
-
-def listed(names: Collection[str]) -> str:
-    """The first few names for a message."""
-    shown = ", ".join(str(name)[:80] for name in list(names)[:_SHOWN])
-    return f"{shown}, ..." if len(names) > _SHOWN else shown
 
 
 class Unwrapper:
@@ -51,9 +45,9 @@ class Unwrapper:
             if wrapper is None:
                 raise DoconvError(
                     f"'{self.path}' holds the averaged weights '{average}' beside {listed(every)}; say that you want "
-                    "them: --ema"
+                    "them: `ema`"
                 )
-            self.notes.append(f"left the averaged weights '{average}' aside; --ema takes them")
+            self.notes.append(f"left the averaged weights '{average}' aside; `ema` takes them")
         if wrapper is not None:
             self.notes.append(f"took '{wrapper}' of {listed(every)}")
         return wrapper
@@ -62,7 +56,7 @@ class Unwrapper:
         """Raises DoconvError where an average was asked for and none was found."""
         if self._open and AVERAGED not in keys:
             raise DoconvError(
-                f"'{self.path}' holds no averaged weights (looked for {', '.join(AVERAGES)}); leave out --ema"
+                f"'{self.path}' holds no averaged weights (looked for {', '.join(AVERAGES)}); leave out `ema`"
             )
 
 

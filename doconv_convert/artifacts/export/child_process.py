@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -16,14 +17,15 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import chain, repeat
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from doconv_convert.artifacts.sources.source import Source, build
+from doconv_convert.artifacts.export.job import ExportJob
+from doconv_convert.artifacts.sources.source import build
 from doconv_convert.errors import DoconvError, UsageError
 
 if TYPE_CHECKING:
@@ -32,41 +34,10 @@ if TYPE_CHECKING:
     from doconv_convert.artifacts.export.exporter import ExportReport
 
 
+logger = logging.getLogger(__name__)
+
 # torch gives back little memory: a fresh process takes over after so many exports.
 _JOBS_A_PROCESS = 8
-_PATHS = ("state_file", "inputs_file", "path", "checkpoint")
-
-
-@dataclass(frozen=True)
-class ExportJob:
-    """What the child needs: `source` draws the network, `state_file` (of `save`) is its whole plain state dict.
-
-    With `checkpoint` the child loads that trained file instead, as `load_into` does with `include` and
-    `exclude`, and folds it itself: its export then owes nothing to the parent's fold. Where other people's layers
-    are folded by graph, `fold_foreign` does so to the fresh network before `state_file` is loaded.
-
-    `inputs_file` is an .npz with the arrays 'input_0', 'input_1', ...: forward's positional arguments, or
-    with `image_list` the images of the one list that it takes. The rest is as in `export_onnx`.
-    """
-
-    source: Source
-    state_file: Path
-    inputs_file: Path
-    path: Path
-    opset: int | None = None
-    input_names: Sequence[str] | None = None
-    output_names: Sequence[str] | None = None
-    dynamic_batch: bool = True
-    dynamic: Mapping[str, Mapping[int, str]] | None = None
-    dtype: str = "float32"
-    image_list: bool = False
-    checkpoint: Path | None = None
-    include: Sequence[str] = ("*",)
-    exclude: Sequence[str] = ()
-    ema: bool = False
-    prefix: str = ""
-    fold_foreign: bool = False
-    constant_kernels: bool = False
 
 
 class Child:
@@ -84,7 +55,7 @@ class Child:
         """Raises what `export_onnx` and `build` raise, and DoconvError where the process dies, with its last words."""
         if self._process.poll() is not None:
             self._start()
-        answer = self._ask(json.dumps(_job_to_json(job)))
+        answer = self._ask(json.dumps(job.to_json()))
         self._jobs += 1
         if not answer:
             raise _death(job, *self._end())
@@ -162,7 +133,10 @@ def export_in_child(
     def run(job: ExportJob, waiting: Child | None) -> ExportReport:
         child = waiting or Child()
         try:
-            return child.export(job)
+            report = child.export(job)
+            batch = "dynamic" if report.dynamic_batch else "static"
+            logger.info("'%s': the %s exporter, opset %d, %s batch", report.path, report.exporter, report.opset, batch)
+            return report
         finally:
             if not (child.reuse and parallel):
                 child.close()
@@ -183,7 +157,7 @@ def main() -> None:
     while True:
         line = jobs.get()
         try:
-            answer: dict[str, Any] = {"report": asdict(_export(_job_from_json(json.loads(line))))}
+            answer: dict[str, Any] = {"report": asdict(_export(ExportJob.from_json(json.loads(line))))}
         except DoconvError as error:
             answer = {"usage" if isinstance(error, UsageError) else "error": str(error)}
         print(json.dumps(answer), file=answers, flush=True)
@@ -213,24 +187,13 @@ def _export(job: ExportJob) -> ExportReport:
     dtype = getattr(torch, job.dtype)
     model = _model(job).to(dtype)
     inputs = [array.to(dtype) if array.is_floating_point() else array for array in _arrays(job.inputs_file)]
-    return export_onnx(
-        model,
-        (inputs,) if job.image_list else tuple(inputs),
-        job.path,
-        opset=job.opset,
-        input_names=job.input_names,
-        output_names=job.output_names,
-        dynamic_batch=job.dynamic_batch,
-        dynamic=job.dynamic,
-    )
+    return export_onnx(model, (inputs,) if job.image_list else tuple(inputs), job.path, **vars(job.flags))
 
 
 def _model(job: ExportJob) -> nn.Module:
     from doconv_convert.artifacts.checkpoints.checkpoint import load_into, load_strictly
     from doconv_convert.artifacts.checkpoints.reading import read_checkpoint
-    from doconv_convert.artifacts.checkpoints.unwrap import Selection
     from doconv_convert.rewrite.fold import fold_in_place
-    from doconv_convert.rewrite.sites import Options
 
     def fold(model: nn.Module) -> nn.Module:
         return fold_in_place(model, constant_kernels=job.constant_kernels, check_first=False).model
@@ -240,9 +203,7 @@ def _model(job: ExportJob) -> nn.Module:
         model = fold(model) if job.fold_foreign else model
         load_strictly(model, read_checkpoint(job.state_file).state, str(job.state_file))
         return model
-    checkpoint = read_checkpoint(job.checkpoint, Selection(job.ema, job.prefix))
-    load_into(model, checkpoint, Options(include=job.include, exclude=job.exclude))
-    return fold(model)
+    return fold(load_into(model, read_checkpoint(job.checkpoint, job.selection), job.options))
 
 
 def _arrays(path: Path) -> list[Any]:
@@ -251,19 +212,6 @@ def _arrays(path: Path) -> list[Any]:
 
     with np.load(path, allow_pickle=False) as arrays:
         return [torch.from_numpy(arrays[f"input_{index}"]) for index in range(len(arrays.files))]
-
-
-def _job_to_json(job: ExportJob) -> dict[str, Any]:
-    paths = {key: os.fspath(getattr(job, key)) for key in _PATHS if getattr(job, key) is not None}
-    # JSON has only text for keys: axes go as pairs
-    dynamic = {name: list(axes.items()) for name, axes in job.dynamic.items()} if job.dynamic else None
-    return vars(job) | paths | {"source": job.source.to_json(), "dynamic": dynamic}
-
-
-def _job_from_json(data: Mapping[str, Any]) -> ExportJob:
-    paths = {key: Path(data[key]) for key in _PATHS if data[key] is not None}
-    dynamic = data["dynamic"] and {name: dict(axes) for name, axes in data["dynamic"].items()}
-    return ExportJob(**{**data, **paths, "source": Source.from_json(data["source"]), "dynamic": dynamic})
 
 
 def _report_from_json(data: Mapping[str, Any]) -> ExportReport:

@@ -32,6 +32,8 @@ from doconv_convert.rewrite.tracing import in_eval
 Exporter = Literal["dynamo", "torchscript"]
 Axes = dict[int, str]
 
+logger = logging.getLogger(__name__)
+
 TORCHSCRIPT_OPSET = 18
 BATCH = "batch"
 
@@ -78,6 +80,7 @@ def export_onnx(
     asked = _asked_axes(tensors, dynamic)
     with _evaluating(module), _quiet(), torch.no_grad():
         if _is_or_holds_a_detector(module):
+            logger.info("%s is or holds a detector of torchvision: TorchScript's exporter", type(module).__name__)
             exporter: Exporter = "torchscript"
             batch_axes: dict[str, Axes] = {}
             opset = opset or TORCHSCRIPT_OPSET
@@ -133,6 +136,8 @@ def _dynamo(
     except Exception as error:
         if not batch_axes:
             raise _cannot_export(module, error) from error
+        failed = f"{type(error).__name__}: {error}"
+    logger.info("the export with a dynamic batch failed (%s): once more with a static one", failed)
     # whether the dynamic batch was to blame, a static export shows better than any reading of messages
     try:
         return run(asked)
@@ -234,7 +239,7 @@ def _dynamic_shapes(
 def _require(model: ir.Model, opset: int | None, asked: Mapping[str, Axes]) -> None:
     got = model.opset_imports.get("")
     if opset is not None and got != opset:
-        raise DoconvError(f"the exporter cannot write opset {opset}, got {got}: pass --opset {got}")
+        raise DoconvError(f"the exporter cannot write opset {opset}, got {got}: pass `opset` {got}")
     inputs = {value.name: value.shape for value in model.graph.inputs}
     for name, axes in asked.items():
         shape = inputs.get(name)

@@ -41,11 +41,11 @@ def _transform(path: Path, source: Source, model: nn.Module) -> Any:
     if source.kind != "torchvision":
         raise UsageError(
             f"'{path}' is an image, and '{source.text}' does not say how to preprocess one (only 'torchvision:' and "
-            "'timm:' sources do); do it yourself and pass the batch: --input FILE.npy."
+            "'timm:' sources do); do it yourself and pass the batch: `input_file` FILE.npy."
         )
     family = zoos.torchvision_family(source.name)
     if family in _SEVERAL_IMAGES:
         raise UsageError(
-            f"'{path}' is one image, but '{source.text}' takes several ({family}); pass them as --input FILE.npz."
+            f"'{path}' is one image, but '{source.text}' takes several ({family}); pass them as `input_file` FILE.npz."
         )
     return zoos.torchvision_weights(source.name, source.variant or "DEFAULT").transforms()

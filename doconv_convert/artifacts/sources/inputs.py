@@ -159,7 +159,7 @@ def _example(spec: InputSpec, batch: int, generator: Generator) -> Tensor:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise UsageError(
             f"no example can be made up for input '{spec.name}': got dtype '{spec.dtype}', expected a "
-            "floating one; pass --input FILE"
+            "floating one; pass `input_file` FILE"
         )
     if not spec.batched:
         return _sample(spec.shape, generator).to(dtype)

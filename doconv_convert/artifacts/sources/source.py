@@ -97,7 +97,7 @@ def parse_source(text: str, model_args: Mapping[str, Any] | None = None) -> Sour
     elif not _names_a_factory(source):
         raise UsageError(f"'{text}' names no model: expected {FORMS}")
     if source.kind in ("torchvision", "timm") and (taken := sorted(WEIGHT_ARGS & args.keys())):
-        raise UsageError(f"the argument '{taken[0]}' of '{text}' is not allowed: choose weights by --weights")
+        raise UsageError(f"the argument '{taken[0]}' of '{text}' is not allowed: choose weights by `weights`")
     return source
 
 

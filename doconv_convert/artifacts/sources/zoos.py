@@ -154,7 +154,7 @@ def _fetched(text: str, weights: str, place: str, make: Callable[[], object]) ->
     except DoconvError as error:
         raise DoconvError(
             f"the weights '{weights}' cannot be had: {error}; if they cannot be downloaded here, get {place} "
-            "elsewhere and pass the file: --weights FILE"
+            "elsewhere and pass the file: `weights` FILE"
         ) from error.__cause__
 
 

@@ -15,13 +15,14 @@ import numpy as np
 from doconv_convert.artifacts.sources.samples import in_order, read_samples
 from doconv_convert.check.certificate.certificate import file_hashes, read_certificate
 from doconv_convert.check.certificate.side_file import Expected, array_hash, compare_with, read_arrays
-from doconv_convert.check.macs.counting import MacCount, NodeMacs, compare_counts, count_macs, format_macs
+from doconv_convert.check.macs.counting import MacCount, NodeMacs, compare_counts, count_macs, describe_count
 from doconv_convert.check.onnxruntime_run import retry_in_float64
 from doconv_convert.check.outputs.compare import Array
 from doconv_convert.check.outputs.session import OnnxSession
 from doconv_convert.check.status import Proof, Status
 from doconv_convert.errors import CheckFailedError, DoconvError, UsageError
 from doconv_convert.files import content_hash
+from doconv_convert.words import counted
 
 # What `fold --onnx` establishes; a file with fewer checks is not proven.
 PROVEN_BY = ("fold", "graph", "macs", "outputs", "coverage")
@@ -74,7 +75,7 @@ def _standing(content: Mapping[str, Any]) -> Status:
     if short or content["proven"] is not True:
         return Status("certificate", "failed", "it does not say that the file was proven", tuple(short))
     tool, torch = content["tool"]["version"], content["libraries"].get("torch", "?")
-    detail = f"its digest is right; {', '.join(states)} passed with doconv-convert {tool}, torch {torch}"
+    detail = f"digest verified; {', '.join(states)} passed with doconv-convert {tool}, torch {torch}"
     return Status("certificate", "passed", detail)
 
 
@@ -95,7 +96,7 @@ def _files(candidate: Path, certificate: Path, content: Mapping[str, Any]) -> St
     if findings:
         return Status("files", "failed", "a file was changed or belongs to another certificate", tuple(findings))
     count = 2 + len(expected["external"])
-    return Status("files", "passed", f"the SHA-256 of {count} files are the certificate's")
+    return Status("files", "passed", f"{counted(count, 'file')} match the certificate (SHA-256)")
 
 
 def _macs(candidate: Path, expected: Mapping[str, Any], proof: Proof) -> Status:
@@ -109,8 +110,7 @@ def _macs(candidate: Path, expected: Mapping[str, Any], proof: Proof) -> Status:
         findings.append(f"the certificate's total is {expected['total']:,} MACs, its nodes have {certified.total:,}")
     if findings:
         return Status("macs", "failed", "MACs differ from the certificate's", tuple(findings))
-    detail = f"{count.total:,} MACs ({format_macs(count.total)}; FLOPs = 2 x MACs) in {len(count.nodes)} nodes"
-    return Status("macs", "passed", f"{detail}, equal to the certificate's")
+    return Status("macs", "passed", f"{describe_count(count)}, equal to the certificate's")
 
 
 def _outputs(candidate: Path, certificate: Path, expected: Mapping[str, Any], samples: Path | None) -> Status:
@@ -137,10 +137,8 @@ def _outputs(candidate: Path, certificate: Path, expected: Mapping[str, Any], sa
         if problems or not outputs:
             told = "other than the certificate's float64 outputs"
             return Status("outputs", "failed", told, tuple(problems)), None
-        detail = (
-            f"{len(outputs)} outputs on {expected['samples']} samples: onnxruntime is off by {worst[0]:.1e} of the "
-            f"scale, allowed {worst[1]:.1e}; optimisations on and off"
-        )
+        compared = f"{counted(len(outputs), 'output')}, {counted(expected['samples'], 'sample')}"
+        detail = f"{compared}: relative error {worst[0]:.1e} (tolerance {worst[1]:.1e}); optimisations on and off"
         return Status("outputs", "passed", detail), None
 
     return retry_in_float64(compare)[0]
@@ -159,7 +157,7 @@ def _inputs(arrays: Mapping[str, Array], expected: Sequence[Mapping[str, Any]], 
     elif samples is not None:
         inputs = list(in_order(read_samples(samples), names, f"'{samples}'"))
     else:
-        raise UsageError("the inputs were too large for the side file; give them with --input FILE.npz.")
+        raise UsageError("the inputs were too large for the side file; give them with `input_file` FILE.npz.")
     for one, array in zip(expected, inputs, strict=True):
         if array_hash(array) != one["sha256"] or list(array.shape) != one["shape"]:
             raise DoconvError(f"input '{one['name']}' is not the one of the certificate: its SHA-256 differs.")

@@ -24,8 +24,7 @@ from doconv_convert.check.macs.scope import Scope, bound_type, dim_name
 from doconv_convert.check.macs.walk import Walk
 from doconv_convert.check.onnx_files.model import ModelSource, read_model
 from doconv_convert.errors import DoconvError, UsageError
-
-_UNITS = (("P", 10**15), ("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3))
+from doconv_convert.words import UNITS, counted
 
 
 def count_macs(model: ModelSource, dims: Mapping[str, int] | None = None, ignore: Collection[str] = ()) -> MacCount:
@@ -58,10 +57,16 @@ def dynamic_dims(model: ModelSource) -> list[str]:
 
 def format_macs(macs: int) -> str:
     """'1.814 GMACs', '312.4 MMACs', '123 MACs': four digits, and always the unit (FLOPs are 2 x MACs)."""
-    for prefix, unit in _UNITS:
+    for prefix, unit in UNITS:
         if macs * 100_000 >= unit * 99_995:  # what rounds to 1.000 of a unit is written in it
             return f"{macs / unit:#.4g} {prefix}MACs"
     return f"{macs} MACs"
+
+
+def describe_count(count: MacCount) -> str:
+    """The total, exact and short, and over how many nodes."""
+    nodes = counted(len(count.nodes), "node")
+    return f"{count.total:,} MACs ({format_macs(count.total)}; FLOPs = 2 x MACs) in {nodes}"
 
 
 def parse_macs(text: str) -> int:
@@ -69,7 +74,7 @@ def parse_macs(text: str) -> int:
     from decimal import Decimal, InvalidOperation
 
     number = text.strip().removesuffix("MACs").strip()
-    scale = next((unit for prefix, unit in _UNITS if number.endswith((prefix, prefix.upper()))), 1)
+    scale = next((unit for prefix, unit in UNITS if number.endswith((prefix, prefix.upper()))), 1)
     try:
         macs = Decimal(number[:-1] if scale > 1 else number) * scale
     except InvalidOperation:
@@ -134,6 +139,6 @@ def _sizes(inputs: Sequence[onnx.ValueInfoProto], dims: Mapping[str, int]) -> tu
     for name, axis, value in names:
         if name not in sizes:
             raise DoconvError(
-                f"dimension {axis} of input '{value}' is dynamic: give its size, as in --dim '{name}=224'"
+                f"dimension {axis} of input '{value}' is dynamic: give its size, as in `dims` '{name}=224'"
             )
-    return sizes, [f"dimension '{name}' is 1; --dim '{name}=N' for another size" for name in batches]
+    return sizes, [f"dimension '{name}' is 1; `dims` '{name}=N' for another size" for name in batches]

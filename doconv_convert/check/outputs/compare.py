@@ -81,7 +81,7 @@ def compare_output(
     elif got.dtype != plain.dtype:
         problem = f"has dtype {got.dtype}, expected {plain.dtype}"
     elif truth.size == 0:
-        problem = "is empty, nothing was compared; pass --input with a real sample"
+        problem = "is empty, nothing was compared; pass `input_file` with a real sample"
     elif not np.issubdtype(truth.dtype, np.floating):
         error = largest = float(np.count_nonzero(got != truth))
         plain_error = float(np.count_nonzero(plain != truth))
@@ -100,7 +100,7 @@ def compare_output(
             if FACTOR * plain_error > CEILING:
                 problem += f"; fp32 torch itself is off by {plain_error:.1e}: the network needs more than float32"
         elif variation <= bound:
-            problem = "is the same for every sample, which shows nothing; pass --input with real samples"
+            problem = "is the same for every sample, which shows nothing; pass `input_file` with real samples"
     agreeing = _agreeing(truth, got, samples)
     return OutputCheck(name, tuple(truth.shape), error, plain_error, bound, largest, variation, problem, agreeing)
 

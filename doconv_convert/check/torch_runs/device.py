@@ -18,12 +18,12 @@ def find_device(text: str) -> torch.device:
     try:
         device = torch.device(text)
     except RuntimeError as error:
-        raise UsageError(f"--device: got '{text}', expected 'cpu', 'cuda' or 'cuda:1'.") from error
+        raise UsageError(f"`device`: got '{text}', expected 'cpu', 'cuda' or 'cuda:1'.") from error
     if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device: got '{text}', expected 'cpu' or 'cuda': checks need float64 and real values.")
+        raise UsageError(f"`device`: got '{text}', expected 'cpu' or 'cuda': checks need float64 and real values.")
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise DoconvError(f"--device: got '{text}', but torch {torch.__version__} finds {count} CUDA devices; use cpu.")
+        raise DoconvError(f"`device`: got '{text}', but torch {torch.__version__} finds {count} CUDA devices; use cpu.")
     return device
 
 

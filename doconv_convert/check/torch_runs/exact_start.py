@@ -69,7 +69,7 @@ def require_same_output(name: str, expected: Any, converted: nn.Module, inputs: 
     if any(t.is_floating_point() and not torch.isfinite(t).all() for t in tensors):
         raise DoconvError(
             f"{name}: its own outputs are NaN or infinite, expected finite ones; nothing was written. Give weights or "
-            "an input (--input) for which the model works."
+            "an input (`input_file`) for which the model works."
         )
     if not same_outputs(expected, run_in_eval(converted, inputs)):
         raise DoconvError(

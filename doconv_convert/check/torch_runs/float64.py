@@ -35,7 +35,7 @@ def float64_output(model: nn.Module, inputs: Any) -> Any:
     except Exception as error:  # the user's forward
         raise DoconvError(
             f"{type(model).__name__} does not run in float64, which its outputs are judged by ({type(error).__name__}: "
-            f"{error}); skip the proof with --no-verify, or keep its constants in buffers."
+            f"{error}); skip the proof with `verify=False`, or keep its constants in buffers."
         ) from error
     finally:
         for buffer, value in buffers:
@@ -68,7 +68,7 @@ def run_inputs(model: nn.Module, inputs: Any) -> Any:
         shapes = ", ".join(str(tuple(t.shape)) for t in output_tensors(inputs))
         raise UsageError(
             f"{type(model).__name__} does not run on inputs of shape {shapes} ({type(error).__name__}: {error}); give "
-            "the right ones with --input-shape or --input."
+            "the right ones with `input_shapes` or `input_file`."
         ) from error
 
 

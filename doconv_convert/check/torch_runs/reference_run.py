@@ -96,8 +96,8 @@ def resized_side(
             refused = error
     asked = ", ".join(sorted({dimension for axes in dynamic.values() for dimension in axes.values()}))
     raise UsageError(
-        f"--dynamic: {asked} cannot be proven to be dynamic, the model itself does not run at other sizes: {refused} "
-        "Leave it out of --dynamic, or give another size with --input-shape."
+        f"`dynamic`: {asked} cannot be proven to be dynamic, the model itself does not run at other sizes: {refused} "
+        "Leave it out of `dynamic`, or give another size with `input_shapes`."
     ) from refused
 
 

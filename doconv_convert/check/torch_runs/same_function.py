@@ -22,6 +22,7 @@ from doconv_convert.check.torch_runs.float64 import float64_output, output_tenso
 from doconv_convert.rewrite.convert import copy_model
 from doconv_convert.rewrite.fold import fold_in_place
 from doconv_convert.rewrite.tracing import undisturbed
+from doconv_convert.words import listed
 
 # The two differ by the order of sums in their kernels' compositions alone.
 FUNCTION_TOLERANCE = 1e-10
@@ -91,8 +92,8 @@ def _cast_findings(
 ) -> tuple[str, ...]:
     """Tensors of `folded` that are not the float64 fold's, cast once to the trained model's dtype."""
     if wide.keys() != folded.keys():
-        odd = ", ".join(f"'{name}'" for name in sorted(wide.keys() ^ folded.keys())[:_SHOWN])
-        return (f"the folded network has other tensors than the trained one's fold: {odd}",)
+        odd = [f"'{name}'" for name in sorted(wide.keys() ^ folded.keys())]
+        return (f"the folded network has other tensors than the trained one's fold: {listed(odd)}",)
     usual = next((dtype for dtype in dtypes.values() if dtype.is_floating_point), torch.float32)
     wrong = []
     for name, exact in wide.items():

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from doconv_convert.cli.report.pictures import Bars, linear_bars, log_bars
-from doconv_convert.cli.report.tables import Table, layer_rows, layer_table, matrix, output_table, short
+from doconv_convert.cli.report.tables import Table, layer_rows, layer_table, matrix, output_table
+from doconv_convert.words import short
 
 Json = Mapping[str, Any]
 

@@ -37,14 +37,6 @@ class Table:
     rows: Sequence[Sequence[Cell]]
 
 
-def short(value: float) -> str:
-    """Three digits: '1.23 M', '0.0457'."""
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.3g}"
-
-
 def _number(value: float | None) -> str:
     if value is None:
         return "-"

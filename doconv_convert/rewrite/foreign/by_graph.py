@@ -9,6 +9,7 @@ takes its place. No key names are guessed.
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,8 @@ from doconv_convert.rewrite.fx_graph import ancestors, attribute, functional_cal
 from doconv_convert.rewrite.install import is_over_parameterized
 from doconv_convert.rewrite.sites import Reason
 from doconv_convert.rewrite.tracing import trace, undisturbed
+
+logger = logging.getLogger(__name__)
 
 _PLAIN = {plain.__name__[-2]: plain for plain in DOCONV_CLASSES}
 _PAD_MODES = {"constant": "zeros", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
@@ -56,6 +59,8 @@ def find_foreign(model: nn.Module, constant_kernels: bool) -> list[Foreign]:
         if _is_candidate(module, constant_kernels):
             foreign = _inspect(path, module)
             if foreign is not None:
+                outcome = "folded by its graph" if foreign.declined is None else f"not folded: {foreign.declined}"
+                logger.info("'%s' (%s) computes its kernel; it is %s", foreign.name, foreign.cls, outcome)
                 found.append(foreign)
     return found
 
@@ -112,6 +117,7 @@ class _Declined(Exception):
 
 def _second_try(module: nn.Module, first: _Declined) -> nn.Module | None:
     """By torch.export, for which the number of channels is a constant, and height and width are not."""
+    logger.debug("%s: %s; torch.export is tried", type(module).__name__, first)
     exact = copy_model(module).to("cpu", torch.float64).eval()
     sample = sample_input(exact)
     if sample is None:

@@ -7,7 +7,6 @@ anew from its folded kernel, with D = 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +26,10 @@ from doconv_convert.rewrite.foreign.authors import (
     folded_site,
     pairing_is_ours,
 )
+from doconv_convert.rewrite.options import Options
 from doconv_convert.rewrite.plan import Plan, as_plan
-from doconv_convert.rewrite.sites import Action, Options, Site, decide
+from doconv_convert.rewrite.sites import Action, Site, decide
+from doconv_convert.words import listed
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Continued:
 
     def told(self) -> tuple[str, ...]:
         """What became of the layers, in sentences."""
-        kept, restarted = _shown(self.kept), _shown(self.restarted)
+        kept, restarted = listed(self.kept), listed(self.restarted)
         told = [f"{len(self.kept)} layers go on with their own W and D: {kept}"] if self.kept else []
         if self.rounded:
             told.append(
@@ -147,7 +148,3 @@ def _fill(site: Site, factors: OurFactors) -> bool:
                 parameter.copy_(value)
                 exact &= torch.equal(parameter.detach().double(), value)
     return exact
-
-
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -20,6 +20,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from doconv_convert.artifacts.checkpoints.recipe import recipe_sites
+from doconv_convert.artifacts.sources.inputs import Inputs
+from doconv_convert.check.torch_runs.exact_start import run_in_eval
 from doconv_convert.errors import DoconvError
 from doconv_convert.nn.factors import StoredKernel
 from doconv_convert.rewrite.observe import run_model
@@ -73,6 +75,13 @@ def make_lively(
         _calibrate(model, inputs, _calls(model, inputs) if calls is None else calls)
         for norm in _batch_norms(model):
             _jitter(norm, generator)
+
+
+def use_every_parameter(model: nn.Module, inputs: Inputs) -> None:
+    """Values as after a training: of fresh ones the exporter drops zero biases and merges equal weights."""
+    arguments = inputs.arguments(inputs.proof_batch, like=model)
+    run_in_eval(model, arguments)  # wrong inputs are refused here, in words
+    make_lively(model, arguments)
 
 
 def randomise_factors(model: nn.Module, generator: torch.Generator) -> None:

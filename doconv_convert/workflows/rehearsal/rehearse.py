@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from doconv_convert.artifacts.checkpoints.checkpoint import save
-from doconv_convert.artifacts.export.child_process import Child, ExportJob, export_in_child
+from doconv_convert.artifacts.export.child_process import Child
+from doconv_convert.artifacts.export.job import Flags
 from doconv_convert.artifacts.models import Opened, find_inputs
 from doconv_convert.artifacts.sources.inputs import Inputs
 from doconv_convert.artifacts.sources.source import Source, build, parse_source
@@ -28,11 +29,12 @@ from doconv_convert.rewrite.discover import discover
 from doconv_convert.rewrite.fold import fold_in_place
 from doconv_convert.rewrite.layer_stats import planned_layers
 from doconv_convert.rewrite.observe import run_model
+from doconv_convert.rewrite.options import Options
 from doconv_convert.rewrite.plan import as_plan
-from doconv_convert.rewrite.sites import Options, decide
+from doconv_convert.rewrite.sites import decide
 from doconv_convert.rewrite.tracing import in_eval
-from doconv_convert.workflows.exports import write_inputs
-from doconv_convert.workflows.fold import release
+from doconv_convert.workflows.exports import export_baseline
+from doconv_convert.workflows.fold import fold_and_prove
 from doconv_convert.workflows.rehearsal.detectors import draw_heads, rehearsal_source
 from doconv_convert.workflows.rehearsal.randomize import (
     DullError,
@@ -137,7 +139,7 @@ def _until_the_fold(rehearsal: Rehearsal, draw: _Draw) -> _Ready:
             source = rehearsal_source(source)
             model = in_eval(build(source, seed=seed))
         if inputs is None:
-            raise UsageError(f"'{text}': its input is not known; give it with --input-shape 1,3,224,224.")
+            raise UsageError(f"'{text}': its input is not known; give it with `input_shapes` 1,3,224,224.")
         if source.kind not in ("torchvision", "timm"):
             model = copy_model(model)  # a factory may hand out the same model every time
     samples = inputs.fixed_batch or 1
@@ -221,7 +223,7 @@ def _export_and_prove(rehearsal: Rehearsal, ready: _Ready, draw: _Draw, waiting:
         start = time.perf_counter()
         try:
             with step(rehearsal, "prove") as told:
-                made = release(loaded, ready.inputs, onnx=folder / "out.onnx", waiting=waiting)
+                made = fold_and_prove(loaded, ready.inputs, onnx=folder / "out.onnx", waiting=waiting)
                 rehearsal.proof = made.proof
                 if made.export is not None:
                     rehearsal.exporter, rehearsal.dynamic_batch = made.export.exporter, made.export.dynamic_batch
@@ -256,18 +258,9 @@ def _verdict(proof: Proof | None, seen_before: frozenset[str]) -> str:
 
 def _export_error(ready: _Ready, folder: Path) -> str | None:
     """Why the untouched original cannot be exported either; None where it can."""
-    inputs = ready.inputs
-    save(build(ready.source, seed=ready.seed), folder / "original.safetensors")
-    write_inputs(folder / "inputs.npz", inputs.tensors(inputs.export_batch))
-    job = ExportJob(
-        ready.source,
-        folder / "original.safetensors",
-        folder / "inputs.npz",
-        folder / "original.onnx",
-        image_list=inputs.image_list,
-    )
+    original = build(ready.source, seed=ready.seed)
     try:
-        export_in_child([job])
+        export_baseline(folder, ready.source, original, ready.inputs, Flags())
     except DoconvError as error:
         return str(error)
     return None

@@ -79,7 +79,7 @@ class _Worker:
 def _died(text: str) -> dict[str, Any]:
     from doconv_convert.workflows.rehearsal.result import Rehearsal, Step
 
-    reason = "its process was killed; out of memory? Rehearse it alone, or with fewer --jobs."
+    reason = "its process was killed; out of memory? Rehearse it alone, or with fewer `jobs`."
     return Rehearsal(text, [Step("process", "failed", reason, 0.0)]).to_json()
 
 

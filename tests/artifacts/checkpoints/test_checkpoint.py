@@ -21,7 +21,7 @@ from doconv_convert.artifacts.checkpoints.reading import read_checkpoint, requir
 from doconv_convert.artifacts.sources.source import build, parse_source
 from doconv_convert.errors import DoconvError
 from doconv_convert.nn.overlay import is_overlaid
-from doconv_convert.rewrite.sites import Options
+from doconv_convert.rewrite.options import Options
 
 
 def assert_same(got: nn.Module, expected: nn.Module) -> None:
@@ -283,13 +283,13 @@ def lose(folder: Path, *lost: str, **options: Any) -> Path:
 
 def test_a_file_that_lost_some_of_its_d_is_refused(tmp_path: Path) -> None:
     path = lose(tmp_path, "grouped.D")
-    with pytest.raises(DoconvError, match=r"2 kernels have a D, but 1 have none \('grouped'\).*--exclude 'grouped'$"):
+    with pytest.raises(DoconvError, match=r"2 kernels have a D, but 1 have none \('grouped'\).*`exclude` 'grouped'$"):
         load(path, model=tiny(tmp_path))
     loaded = load_into(tiny(tmp_path), read_checkpoint(path), Options(exclude=["grouped"]))
     assert loaded.get_parameter("first.D").any()
     assert type(loaded.get_submodule("grouped")) is nn.Conv2d
     path = lose(tmp_path, "grouped.D", "depthwise.D")
-    with pytest.raises(DoconvError, match=r"1 kernels have a D, but 2 have none.*--include 'first'$"):
+    with pytest.raises(DoconvError, match=r"1 kernels have a D, but 2 have none.*`include` 'first'$"):
         load(path, model=tiny(tmp_path))
     load_into(tiny(tmp_path), read_checkpoint(path), Options(include=["first"]))
 
@@ -320,7 +320,7 @@ def test_another_architecture_is_told_by_few_readable_keys(tmp_path: Path, suffi
         load(path, model=target)
     message = str(error.value)
     assert re.search(r"does not fit ResidualNet: \d\d missing: 'stem.0.weight', .*, \.\.\.; 1\d unexpected: '", message)
-    assert "--model" in message
+    assert "`model`" in message
     assert len(message) < 600
     assert signature(target) == before
 

@@ -21,7 +21,7 @@ from doconv_convert.artifacts.checkpoints.unwrap import Selection
 from doconv_convert.errors import CheckFailedError, DoconvError, UsageError
 from doconv_convert.rewrite.fold import fold_in_place
 from doconv_convert.rewrite.foreign.authors import authors_sites, folded_authors_kernel
-from doconv_convert.rewrite.sites import Options
+from doconv_convert.rewrite.options import Options
 
 # float64; the largest seen was 1e-15.
 TOLERANCE = 1e-12
@@ -191,7 +191,7 @@ REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
     "NaN": ({"a.W": W * float("nan"), "a.D": D, "a.d_diag": D}, "NaN or infinite values in 'a.W'"),
     "no square": (
         {"a.W": W[..., :7], "a.D": D[:, :7, :7], "a.d_diag": D[:, :7, :7]},
-        "7 kernel pos.*--kernel 'a=1x7'",
+        "7 kernel pos.*`kernels` 'a=1x7'",
     ),
 }
 

@@ -127,13 +127,13 @@ def test_averaged_weights_only_when_asked_for(tmp_path: Path, name: str, inner: 
     torch.save({"state_dict": STATE, name: EMA if inner is None else {inner: EMA, "updates": 3}}, path)
     state, notes = read(path)
     assert same(state, STATE)
-    assert f"left the averaged weights '{name}' aside; --ema takes them" in notes
+    assert f"left the averaged weights '{name}' aside; `ema` takes them" in notes
     assert "took 'state_dict' of state_dict" in notes
     state, notes = read(path, ema=True)
     assert same(state, EMA)
     assert f"took '{name}' of state_dict, {name}" in notes
     torch.save({name: EMA, "epoch": 3}, path)
-    with pytest.raises(DoconvError, match=f"holds the averaged weights '{name}' beside {name}, epoch.*--ema"):
+    with pytest.raises(DoconvError, match=f"holds the averaged weights '{name}' beside {name}, epoch.*`ema`"):
         read(path)
     torch.save({"state_dict": STATE}, path)
     with pytest.raises(DoconvError, match="holds no averaged weights"):
@@ -161,7 +161,7 @@ def test_the_keys_under_a_prefix(tmp_path: Path, nested: bool, suffix: str) -> N
 
 def test_several_dictionaries_ask_for_a_prefix(tmp_path: Path) -> None:
     torch.save({"generator": STATE, "critic": STATE}, tmp_path / "a.pth")
-    with pytest.raises(DoconvError, match=r"several dictionaries \(generator, critic\).*--prefix generator\."):
+    with pytest.raises(DoconvError, match=r"several dictionaries \(generator, critic\).*`prefix` generator\."):
         read(tmp_path / "a.pth")
 
 

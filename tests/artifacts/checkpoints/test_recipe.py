@@ -17,7 +17,7 @@ from doconv_convert.artifacts.checkpoints.recipe import (
 )
 from doconv_convert.artifacts.sources.source import Source
 from doconv_convert.errors import DoconvError, UsageError
-from doconv_convert.rewrite.sites import Options
+from doconv_convert.rewrite.options import Options
 
 
 def test_a_recipe_reads_back_as_it_was_written() -> None:
@@ -40,8 +40,8 @@ def test_a_model_tells_its_sites() -> None:
     ("source", "message"),
     [
         (None, "does not say what model it holds"),
-        (Source("a.b:make"), "names 'a.b:make'; its code is only run if you name it: --model a.b:make"),
-        (Source("net.py:make"), "--model net.py:make"),
+        (Source("a.b:make"), "names 'a.b:make'; its code is only run if you name it: `model` a.b:make"),
+        (Source("net.py:make"), "`model` net.py:make"),
         (Source("torchvision:resnet0"), "no model 'resnet0'; did you mean"),
         (Source("torchvision:resnet18", {"norm_layer": "x"}), "'norm_layer', which a recipe may not set"),
     ],

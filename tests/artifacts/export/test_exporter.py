@@ -16,8 +16,9 @@ from support import require_ended
 from torch import Tensor, nn
 
 from doconv_convert.artifacts.export import onnx_file
-from doconv_convert.artifacts.export.child_process import ExportJob, export_in_child, waiting_children
+from doconv_convert.artifacts.export.child_process import export_in_child, waiting_children
 from doconv_convert.artifacts.export.exporter import ExportReport, export_onnx
+from doconv_convert.artifacts.export.job import ExportJob, Flags
 from doconv_convert.artifacts.sources.source import Source, build
 from doconv_convert.errors import DoconvError, UsageError
 
@@ -91,7 +92,8 @@ def job(folder: Path, source: Source, example: tuple[Tensor, ...], **options: ob
     save_file(state, folder / "state.safetensors")
     np.savez(folder / "inputs.npz", **{f"input_{i}": tensor.numpy() for i, tensor in enumerate(example)})
     paths = {"state_file": folder / "state.safetensors", "inputs_file": folder / "inputs.npz"}
-    return ExportJob(**{"source": source, **paths, "path": folder / "child.onnx", **options})
+    flags = Flags(**{key: options.pop(key) for key in vars(Flags()) if key in options})  # type: ignore[arg-type]
+    return ExportJob(**{"source": source, **paths, "path": folder / "child.onnx", "flags": flags, **options})
 
 
 def test_the_same_model_gives_the_same_bytes_without_traces_and_is_not_changed(
@@ -140,7 +142,7 @@ def test_the_opset_asked_for_is_the_one_in_the_file(tmp_path: Path, opset: int) 
 
 def test_an_opset_that_cannot_be_had_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
     (tmp_path / "out.onnx").write_bytes(b"old")
-    with pytest.raises(DoconvError, match="cannot write opset 99, got 18: pass --opset 18"):
+    with pytest.raises(DoconvError, match="cannot write opset 99, got 18: pass `opset` 18"):
         export_onnx(nn.Conv2d(3, 4, 3), inputs(), tmp_path / "out.onnx", opset=99)
     assert [path.name for path in tmp_path.iterdir()] == ["out.onnx"]
     assert (tmp_path / "out.onnx").read_bytes() == b"old"
@@ -164,6 +166,14 @@ def test_dynamic_axes_are_read_back_not_believed(tmp_path: Path, monkeypatch: py
     with pytest.raises(DoconvError, match=r"axis 2 of input 'input' was to be dynamic, got 32: .* leave it out"):
         export_onnx(nn.Conv2d(3, 4, 3), inputs(), tmp_path / "new.onnx", dynamic={"input": {2: "height"}})
     assert not (tmp_path / "new.onnx").exists()
+
+
+def test_what_the_exporter_fell_back_to_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "doconv_convert")
+    export_onnx(BatchBaked(), inputs(2, 8), tmp_path / "out.onnx")
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("the export with a dynamic batch failed (")
+    assert said.endswith("once more with a static one")
 
 
 def test_static_and_dynamic_as_asked(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_other_texts_are_usage_errors(text: str, message: str) -> None:
 
 @pytest.mark.parametrize("name", ["weights", "weights_backbone", "pretrained", "checkpoint_path"])
 def test_weights_do_not_come_in_by_the_arguments(name: str) -> None:
-    with pytest.raises(UsageError, match=f"'{name}' .* not allowed: choose weights by --weights"):
+    with pytest.raises(UsageError, match=f"'{name}' .* not allowed: choose weights by `weights`"):
         parse_source("torchvision:resnet18", {name: "DEFAULT"})
 
 
@@ -148,7 +148,7 @@ def test_a_failed_download_says_which_file_to_pass(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = parse_source("torchvision:squeezenet1_1")
-    with pytest.raises(DoconvError, match=r"'IMAGENET1K_V1'.*get https://\S+\.pth elsewhere.*--weights FILE"):
+    with pytest.raises(DoconvError, match=r"'IMAGENET1K_V1'.*get https://\S+\.pth elsewhere.*`weights` FILE"):
         build(source, "DEFAULT")
     assert capsys.readouterr().out == ""
     with pytest.raises(UsageError, match="has no weights 'V9': choose 'DEFAULT' or 'IMAGENET1K_V1'"):
@@ -158,7 +158,7 @@ def test_a_failed_download_says_which_file_to_pass(
         raise ConnectionError("no route")
 
     monkeypatch.setattr("timm.models._builder.load_pretrained", refuse)
-    with pytest.raises(DoconvError, match=r"no route.*huggingface\.co/timm/resnet10t\.c3_in1k.*--weights FILE"):
+    with pytest.raises(DoconvError, match=r"no route.*huggingface\.co/timm/resnet10t\.c3_in1k.*`weights` FILE"):
         build(parse_source("timm:resnet10t"), "DEFAULT")
     with pytest.raises(UsageError, match="'timm:efficientnet_lite1' has no weights 'DEFAULT': choose no weights"):
         build(parse_source("timm:efficientnet_lite1"), "DEFAULT")
@@ -305,7 +305,7 @@ def test_examples_are_varied_repeatable_and_leave_the_random_state() -> None:
 
 
 def test_meaning_is_not_made_up() -> None:
-    with pytest.raises(UsageError, match=r"input 'tokens': got dtype 'int64', .* pass --input FILE"):
+    with pytest.raises(UsageError, match=r"input 'tokens': got dtype 'int64', .* pass `input_file` FILE"):
         example_inputs([InputSpec("tokens", (1, 9), "int64")], batch=2, seed=0)
 
 

@@ -25,7 +25,7 @@ from doconv_convert.check.certificate.certificate import SCHEMA, digest
 from doconv_convert.check.certificate.verify import verify_certificate
 from doconv_convert.check.outputs.compare import ONNX_BOUND
 from doconv_convert.check.torch_runs import memory
-from doconv_convert.rewrite.sites import Options
+from doconv_convert.rewrite.options import Options
 from doconv_convert.workflows import fold as releases
 from doconv_convert.workflows.trained_model import load_trained
 
@@ -74,7 +74,7 @@ def fold_here(folder: Path, checkpoint: str = "a", target: str = "m", verify: bo
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(child_process, "Child", ExportsHere)
         patch.setattr(memory, "LARGE", 0)  # exports change torch for the whole process: none beside the proof's runs
-        made = releases.release(loaded, inputs, onnx=folder / f"{target}.onnx", verify=verify, certify=True)
+        made = releases.fold_and_prove(loaded, inputs, onnx=folder / f"{target}.onnx", verify=verify, certify=True)
     assert made.certificate == (folder / f"{target}.certificate.json" if verify else None)
 
 

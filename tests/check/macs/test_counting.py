@@ -194,7 +194,7 @@ def test_the_batch_defaults_to_one_and_other_dimensions_must_be_bound() -> None:
     dynamic = model([node("Conv", "x w b")], {"x": ["N", 3, "height", 12]}, CONV)
     assert count_macs(dynamic, {"height": 10}).total == 8 * 8 * 10 * 27
     assert count_macs(dynamic, {"height": 10, "N": 5}).total == 5 * 8 * 8 * 10 * 27
-    with pytest.raises(DoconvError, match=r"dimension 2 of input 'x' is dynamic.*--dim 'height=224'"):
+    with pytest.raises(DoconvError, match=r"dimension 2 of input 'x' is dynamic.*`dims` 'height=224'"):
         count_macs(dynamic)
     with pytest.raises(DoconvError, match=r"no dynamic dimension is named 'width'.*'N', 'height'"):
         count_macs(dynamic, {"width": 3})
@@ -205,7 +205,7 @@ def test_the_batch_defaults_to_one_and_other_dimensions_must_be_bound() -> None:
 def test_a_dimension_without_a_name_is_bound_by_its_place() -> None:
     unnamed = model([node("Conv", "x w b")], {"x": [None, 3, None, 12]}, CONV)
     assert count_macs(unnamed, {"x[2]": 10}).total == 8 * 8 * 10 * 27
-    with pytest.raises(DoconvError, match=r"--dim 'x\[2\]=224'"):
+    with pytest.raises(DoconvError, match=r"`dims` 'x\[2\]=224'"):
         count_macs(unnamed)
 
 
@@ -322,7 +322,7 @@ def test_a_scan_of_unknown_length_is_uncounted() -> None:
 
 def test_what_was_assumed_is_said() -> None:
     dynamic = model([node("Conv", "x w b")], {"x": ["N", 3, 10, 12]}, CONV)
-    assert count_macs(dynamic).assumed == ("dimension 'N' is 1; --dim 'N=N' for another size",)
+    assert count_macs(dynamic).assumed == ("dimension 'N' is 1; `dims` 'N=N' for another size",)
     assert count_macs(dynamic, {"N": 1}).assumed == ()
     branches = {"then_branch": branch("Relu"), "else_branch": branch("MatMul", weight("w", 3, 3))}
     graph = model([node("If", "c", "z", **branches)], {"x": [3, 3], "c": []})

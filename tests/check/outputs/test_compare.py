@@ -105,7 +105,7 @@ def test_nan_everywhere_is_no_agreement() -> None:
 def test_an_empty_output_compares_nothing() -> None:
     empty = np.zeros((0, 4))
     check = compare(empty.astype(np.float32), empty, empty.astype(np.float32))
-    assert "nothing was compared; pass --input" in str(check.problem)
+    assert "nothing was compared; pass `input_file`" in str(check.problem)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
@@ -113,7 +113,7 @@ def test_an_output_that_is_the_same_for_every_sample_shows_nothing(value: float)
     truth = np.full((3, 4), value)
     check = compare(truth.astype(np.float32), truth, truth.astype(np.float32))
     assert "same for every sample" in str(check.problem)
-    assert "pass --input" in str(check.problem)
+    assert "pass `input_file`" in str(check.problem)
     assert check.variation == 0
     # what is no batch cannot differ between samples
     assert compare(truth.astype(np.float32), truth, truth.astype(np.float32), samples=2).ok is True
@@ -231,7 +231,7 @@ def test_a_model_that_cannot_run_in_float64_is_an_error_and_torch_is_as_before()
 
 
 def test_wrong_inputs_are_told_by_their_shape() -> None:
-    with pytest.raises(UsageError, match=r"Conv2d does not run on inputs of shape \(1, 3, 8, 8\).*--input-shape"):
+    with pytest.raises(UsageError, match=r"Conv2d does not run on inputs of shape \(1, 3, 8, 8\).*`input_shapes`"):
         run_inputs(nn.Conv2d(2, 2, 3), (torch.zeros(1, 3, 8, 8),))
 
 

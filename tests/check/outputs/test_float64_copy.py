@@ -122,13 +122,15 @@ def checked(gated: tuple[Path, TorchSide]) -> Status:
 
 
 def test_the_runtimes_rounding_is_told_from_a_fault(
-    gated: tuple[Path, TorchSide], monkeypatch: pytest.MonkeyPatch
+    gated: tuple[Path, TorchSide], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     exact = checked(gated)
     assert exact.state == "passed"
     assert "float64" not in exact.detail
     inexact(monkeypatch, RUNTIME_ERROR)
+    caplog.set_level("INFO", "doconv_convert")
     status, (check,) = check_outputs(*gated)
+    assert ["once more in float64" in record.getMessage() for record in caplog.records] == [True]
     assert status.state == "passed"
     assert (
         "; sums and sigmoids computed in float64, since in float32 'out' is off by 1.0e-05 of its scale"

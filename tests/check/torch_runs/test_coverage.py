@@ -210,7 +210,7 @@ def test_only_coverage_catches_a_fault_in_a_faint_kernel(branches: Branches, tmp
         assert {status.name for status in proof.statuses if status.state == "failed"} == states
         (status,) = [status for status in proof.statuses if status.name == "coverage"]
         assert [finding.split()[0] for finding in status.findings] == ["'faint'", "'auxiliary'"]
-    assert "67% of those that run; --min-coverage asks for 100%; pass --input" in status.detail
+    assert "67% of those that run; `min_coverage` asks for 100%; pass `input_file`" in status.detail
     assert "'auxiliary' only runs in training" in status.findings
     without_graph = check_coverage(side, "failed", "passed")
     assert without_graph.state == "failed"

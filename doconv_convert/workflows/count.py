@@ -1,0 +1,119 @@
+"""`flops`, step by step: count one model's MACs, and compare them with a budget and with another model's.
+
+Importing this, and counting ONNX files, needs no torch.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from doconv_convert.artifacts.export.job import Flags
+from doconv_convert.check.macs.counting import compare_counts, count_macs, dynamic_dims
+from doconv_convert.check.macs.result import MacCount
+from doconv_convert.errors import UsageError
+
+
+@dataclass(frozen=True)
+class CountRequest:
+    """What `flops` is asked for: the command line's options. `model` and `against` are ONNX files or SOURCEs."""
+
+    model: str
+    against: str | None = None
+    most: int | None = None
+    dims: Mapping[str, int] = field(default_factory=dict)
+    ignore: Sequence[str] = ()
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    input_shapes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class CountResult:
+    """The count, and what it was compared with: `differences` from `against`, whether it is `within` the budget."""
+
+    request: CountRequest
+    count: MacCount
+    differences: tuple[str, ...] = ()
+
+    @property
+    def within(self) -> bool:
+        """Whether nothing is above the budget, or out of its sight; True without one."""
+        most = self.request.most
+        return most is None or (self.count.total <= most and not self.count.uncounted)
+
+    @property
+    def failed(self) -> bool:
+        return not self.within or bool(self.differences)
+
+    def to_json(self) -> dict[str, Any]:
+        asked, count = self.request, self.count
+        document = {
+            "model": asked.model,
+            "unit": "MACs",
+            "total": count.total,
+            "nodes": [vars(node) for node in count.nodes],
+            "uncounted": count.uncounted,
+            "assumed": count.assumed,
+        }
+        if asked.most is not None:
+            document |= {"max": asked.most, "within": self.within}
+        if asked.against is not None:
+            differences = list(self.differences)
+            document |= {"against": asked.against, "differences": differences, "equal": not differences}
+        return document
+
+
+def count_models(request: CountRequest) -> CountResult:
+    """Count and compare. A size counts where its dimension exists, and must do so in one of the files.
+
+    Raises UsageError for a size without a dimension, DoconvError for what cannot be read or exported.
+    """
+    models = [request.model] if request.against is None else [request.model, request.against]
+    known = {model: dynamic_dims(model) for model in models if Path(model).suffix == ".onnx"}
+    for name in request.dims:
+        if not any(name in names for names in known.values()):
+            have = sorted({one for names in known.values() for one in names}) or "none"
+            raise UsageError(f"`dims`: no dynamic dimension is named '{name}', the files have {have}.")
+    counts = [_count(model, known.get(model), request) for model in models]
+    differences = compare_counts(counts[1], counts[0]) if request.against is not None else ()
+    return CountResult(request, counts[0], tuple(differences))
+
+
+def _count(model: str, dims: Sequence[str] | None, request: CountRequest) -> MacCount:
+    if dims is None:
+        return count_source(model, request.model_args, request.input_shapes, request.ignore)
+    bound = {name: size for name, size in request.dims.items() if name in dims}
+    return count_macs(model, bound, request.ignore)
+
+
+def count_source(
+    text: str, model_args: Mapping[str, Any], input_shapes: Sequence[str], ignore: Sequence[str] = ()
+) -> MacCount:
+    """MACs of one sample of a SOURCE's plain network, counted on its ONNX export."""
+    from doconv_convert.artifacts.models import find_inputs, is_checkpoint, open_model
+    from doconv_convert.rewrite.fold import fold_in_place
+    from doconv_convert.workflows.exports import export_baseline, is_dynamic
+    from doconv_convert.workflows.rehearsal.randomize import use_every_parameter
+
+    opened = open_model(text, None, model_args, 0)
+    inputs = find_inputs(opened, input_shapes, None)
+    if inputs is None:
+        raise UsageError(f"'{text}': its input is not known; give it with `input_shapes` 1,3,224,224.")
+    if not is_checkpoint(text):
+        use_every_parameter(opened.model, inputs)
+    report = fold_in_place(opened.model, check_first=False)
+
+    def export(folder: str, flags: Flags, batch: int | None = None) -> Path:
+        by_graph = bool(report.by_graph)
+        return export_baseline(
+            Path(folder), opened.source, report.model, inputs, flags, batch=batch, fold_foreign=by_graph
+        )
+
+    with tempfile.TemporaryDirectory() as folder:
+        baseline = export(folder, Flags())
+        if not (inputs.image_list or is_dynamic(baseline)):  # its count would be that of the traced batch
+            baseline = export(folder, Flags(dynamic_batch=False), inputs.fixed_batch or 1)
+        return count_macs(baseline, ignore=ignore)
