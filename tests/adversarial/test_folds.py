@@ -3,10 +3,15 @@ user's own trained model, or it is not proven and the reason is named."""
 
 import re
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
-from adversarial.harness import Seen, fold_net
+import torch
+from adversarial.harness import SAME, Seen, far, fold_net, fresh_inputs, references, run_file, trained
+from onnx import numpy_helper
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 
@@ -20,8 +25,9 @@ UNSHOWN = r"same for every|constant|shows nothing|does not depend|--input|`input
 MISLEADING = r"same for every sample|please report|Traceback"
 
 # Nets that the contract promises to fold: they must come out proven.
+CONTROL = "unrepeatable.Control"
 RIGHT = [
-    "unrepeatable.Control",
+    CONTROL,
     "reading.TiedAutoencoder",
     "reading.UntraceableAutoencoder",
     "reading.NormPenalty",
@@ -37,6 +43,8 @@ RIGHT = [
     "computing.SharedByTransposedLayer",
     "patched.forward_hook",
     "patched.forward_pre_hook",
+    "patched.FixedFeatures",
+    "patched.LoadHook",
     "unrepeatable.ByTraining",
     "hidden.Gated",
     "hidden.half",
@@ -86,14 +94,17 @@ CASES = {
     "patched.Unregistered": UNSAVED,
     "patched.RandomFeatures": UNSAVED,
     "patched.UnsavedBuffer": UNSAVED,
+    "patched.ExtraState": r"extra|state",
     "unrepeatable.Dropout": RANDOM,
     "unrepeatable.Noise": RANDOM,
     "unrepeatable.RareNoise": RANDOM,
     "unrepeatable.PythonNoise": RANDOM,
+    "unrepeatable.OwnGenerator": RANDOM,
     "unrepeatable.CallCount": RANDOM,
     "unrepeatable.CallCountBuffer": rf"{RANDOM}|export",
     "unrepeatable.Warmup": RANDOM,
     "unrepeatable.ByPrecision": r"float32|float64|off by",
+    "unrepeatable.ReadsInFloat32": rf"float32|{KERNEL}",
     "unrepeatable.ByGradMode": r"grad|off by",
     "unrepeatable.ByExport": r"export|off by",
     "unrepeatable.RebuiltInEval": EXPORT,
@@ -102,6 +113,9 @@ CASES = {
     "hidden.Steps": EXPORT,
     "hidden.Offset": EXPORT,
     "hidden.SmallBesideLarge": EXPORT,
+    "hidden.ClosedRead": KERNEL,
+    "hidden.BatchOfOne": "batch",
+    "hidden.SqueezedBatch": "batch",
     "hidden.Branch": r"branch|cond|cover|export",
     "hidden.Constant": UNSHOWN,
     "hidden.ConstantBeside": UNSHOWN,
@@ -112,6 +126,32 @@ CASES = {
     "objects.DataClass": "Result",
     "objects.Object": "Cache",
     "objects.ObjectList": "Cache",
+}
+# Near relatives of another net: left to the long tests, as an export costs a second.
+SIMILAR = {
+    "reading.DataAutoencoder",
+    "reading.Hypernet",
+    "reading.TransposedKernel",
+    "reading.ByParameterDict",
+    "reading.ByStateDict",
+    "reading.NumpyAlias",
+    "writing.data_masked",
+    "writing.index_write",
+    "writing.ParentNormalizes",
+    "writing.WritesStateDict",
+    "computing.rounded",
+    "computing.top_half",
+    "computing.cached_globally",
+    "computing.SharedByParent",
+    "patched.forward_pre_hook",
+    "patched.layer_method",
+    "unrepeatable.PythonNoise",
+    "unrepeatable.CallCountBuffer",
+    "unrepeatable.ByExport",
+    "hidden.Steps",
+    "hidden.SmallBesideLarge",
+    "hidden.NotANumberBeside",
+    "objects.ObjectList",
 }
 ROADS = [(recipe, with_inputs) for recipe in (False, True) for with_inputs in (False, True)]
 ROAD_NAMES = ["state_dict", "state_dict-inputs", "recipe", "recipe-inputs"]
@@ -135,7 +175,7 @@ def require_honest(net: str, seen: Seen) -> None:
     assert CASES[net] == UNSHOWN or not re.search(MISLEADING, seen.reason), seen.reason
 
 
-@pytest.mark.parametrize("net", [*RIGHT, *CASES])
+@pytest.mark.parametrize("net", [net for net in (*RIGHT, *CASES) if net not in SIMILAR])
 def test_a_file_is_right_or_is_not_proven(net: str, tmp_path: Path) -> None:
     recipe, with_inputs = road_of(net)
     require_honest(net, fold_net(net, tmp_path, recipe=recipe, with_inputs=with_inputs))
@@ -144,9 +184,21 @@ def test_a_file_is_right_or_is_not_proven(net: str, tmp_path: Path) -> None:
 @pytest.mark.zoo
 @pytest.mark.parametrize(("recipe", "with_inputs"), ROADS, ids=ROAD_NAMES)
 @pytest.mark.parametrize("net", [*RIGHT, *CASES])
-def test_a_file_is_right_or_is_not_proven_on_every_road(
-    net: str, recipe: bool, with_inputs: bool, tmp_path: Path
-) -> None:
-    if (recipe, with_inputs) == road_of(net):
-        pytest.skip("in the default run")
+def test_every_road_ends_in_a_right_file_or_none(net: str, recipe: bool, with_inputs: bool, tmp_path: Path) -> None:
     require_honest(net, fold_net(net, tmp_path, recipe=recipe, with_inputs=with_inputs))
+
+
+def test_the_harness_sees_a_kernel_that_is_slightly_off(tmp_path: Path) -> None:
+    """A right file, one kernel of it scaled by 1.0001; and a proof that would be wrong counts as one."""
+    seen = fold_net(CONTROL, tmp_path, recipe=False, with_inputs=False)
+    assert seen.proven
+    model = onnx.load(tmp_path / "out.onnx")
+    kernel = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 4)
+    kernel.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(kernel) * np.float32(1.0001), kernel.name))
+    onnx.save(model, tmp_path / "off.onnx")
+    expected = references(trained(CONTROL))
+    assert expected is not None
+    for file, same in (("out", True), ("off", False)):
+        off = far(run_file(tmp_path / f"{file}.onnx", fresh_inputs(torch.float32)), expected)
+        assert (off <= SAME) is same
+        assert replace(seen, off=off).wrong_yes is not same

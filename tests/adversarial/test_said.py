@@ -23,7 +23,7 @@ def fold_trained(live: nn.Module, net: str, folder: Path, *options: str) -> Seen
 
 def test_a_kernel_in_a_branch_not_taken_is_uncovered(tmp_path: Path) -> None:
     """It is in the file: 'only runs in training' is false, and --min-coverage 1.0 must not pass."""
-    live = trained(source_of("hidden.Branch"), with_inputs=False)
+    live = trained("hidden.Branch")
     seen = fold_trained(live, "hidden.Branch", tmp_path)
     assert "only runs in training" not in seen.words
     assert not seen.proven or "'bright'" in seen.words
@@ -33,7 +33,7 @@ def test_a_kernel_in_a_branch_not_taken_is_uncovered(tmp_path: Path) -> None:
 
 
 def test_a_blind_kernel_does_not_pass_a_full_coverage(tmp_path: Path) -> None:
-    seen = fold_trained(trained(source_of("hidden.Gated"), False), "hidden.Gated", tmp_path, "--min-coverage", "1.0")
+    seen = fold_trained(trained("hidden.Gated"), "hidden.Gated", tmp_path, "--min-coverage", "1.0")
     assert (seen.code, seen.proven) == (3, False)
     assert "'bright'" in seen.reason
 
@@ -56,7 +56,7 @@ def figures(words: str) -> list[float]:
 @torch.no_grad()
 def test_a_model_that_float32_cannot_compute_is_told_so(tmp_path: Path) -> None:
     """The file is right and 3e-4 from the fp32 model that was validated: that figure stands in what is said."""
-    live = trained(source_of(CONTROL), with_inputs=False)
+    live = trained(CONTROL)
     rescale(live, 1e4)
     seen = fold_trained(live, CONTROL, tmp_path)
     inputs = fresh_inputs(torch.float32)
@@ -73,7 +73,7 @@ def test_a_model_that_float32_cannot_compute_is_told_so(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_small_weights_and_large_factors_are_no_reason(tmp_path: Path) -> None:
-    live = trained(source_of(CONTROL), with_inputs=False)
+    live = trained(CONTROL)
     rescale(live, 1e-4)
     seen = fold_trained(live, CONTROL, tmp_path)
     assert seen.proven, seen.reason
@@ -84,7 +84,7 @@ def test_small_weights_and_large_factors_are_no_reason(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_a_kernel_beyond_float32_is_refused(tmp_path: Path) -> None:
-    live = trained(source_of(CONTROL), with_inputs=False)
+    live = trained(CONTROL)
     for name, parameter in live.named_parameters():
         if name.startswith("enc."):
             parameter.mul_(1e25)

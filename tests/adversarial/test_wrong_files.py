@@ -27,7 +27,7 @@ BLIND = "bright"  # its kernel shows in no output: a ReLU stays closed
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """a.pth, folded to a.onnx with its certificate; b.pth, the same net trained on; plain.pth, without a D."""
     folder = tmp_path_factory.mktemp("wrong")
-    live = trained(source_of(NET), with_inputs=False)
+    live = trained(NET)
     torch.save(live.state_dict(), folder / "a.pth")
     seen = fold_command(folder / "a.pth", source_of(NET), folder / "a.onnx")
     assert seen.proven, seen.words
@@ -148,8 +148,6 @@ def test_folders_and_missing_files_are_refused(files: Path) -> None:
 @pytest.mark.parametrize("figure", ["sha256", "plain_error", "norm"])
 def test_a_forged_certificate_of_an_edited_file_fails_on_what_is_run(files: Path, figure: str) -> None:
     """The hash and the digest fit, as a forger makes them; the outputs are run anew."""
-    from doconv_convert.check.certificate.certificate import digest
-
     edit(files / "a.onnx", negated, which=0)  # a kernel that shows
     content = json.loads((files / "a.certificate.json").read_text())
     content["onnx"]["sha256"] = hashlib.sha256((files / "a.onnx").read_bytes()).hexdigest()
@@ -158,8 +156,9 @@ def test_a_forged_certificate_of_an_edited_file_fails_on_what_is_run(files: Path
     if figure == "plain_error":
         content["outputs"]["tensors"][0]["plain_error"] = 1.0
     del content["digest"]
-    text = json.dumps({**content, "digest": digest(content)}, indent=1) + "\n"
-    (files / "a.certificate.json").write_text(text)
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    content["digest"] = f"sha256:{hashlib.sha256(canonical.encode()).hexdigest()}"
+    (files / "a.certificate.json").write_text(json.dumps(content, indent=1) + "\n")
     require_refusal(by_certificate(files / "a.onnx", files / "a.certificate.json"))
 
 

@@ -31,7 +31,7 @@ class Constrained(nn.Module):
 
 
 class ClosedRelu(nn.Module):
-    """The gate opens on inputs far brighter than noise only; its kernel reads itself."""
+    """The gate opens on inputs far brighter than noise alone; its kernel is constrained."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,3 +167,39 @@ class Gated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(torch.tanh(self.enc(x)) + self.bright(x).relu())
+
+
+class ClosedRead(nn.Module):
+    """Bright images alone are scaled by the stored kernel's norm, read by its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc, self.head = conv(3, 8), conv(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = dict(self.named_parameters())["enc.weight"].norm()
+        y = torch.tanh(self.enc(x))
+        return self.head(y * torch.where(x.mean() > 50.0, norm, torch.ones_like(norm)))
+
+
+class BatchOfOne(nn.Module):
+    """A single image is treated otherwise than the same image among others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc, self.head = conv(3, 8), conv(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.enc(x))
+        return self.head(y.relu() if x.shape[0] == 1 else y)
+
+
+class SqueezedBatch(nn.Module):
+    """The well-known slip: of a single image, the batch dimension goes too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc, self.head = conv(3, 8), conv(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.enc(x))).mean((2, 3)).squeeze()

@@ -105,3 +105,59 @@ class UnsavedBuffer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(torch.tanh(self.enc(x))[:, self.order])
+
+
+class FixedFeatures(nn.Module):
+    """Not saved either, and the same wherever it is built: nothing is wrong with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc, self.head = conv(3, 8), conv(8, 4)
+        self.projection = torch.randn(8, 8, generator=torch.Generator().manual_seed(3))
+        self.register_buffer("order", torch.arange(7, -1, -1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.enc(x))[:, self.order].movedim(1, -1) @ self.projection.to(x.dtype)
+        return self.head(y.movedim(-1, 1))
+
+
+class ExtraState(nn.Module):
+    """Training moves a number that the state dict has as the module's extra state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc, self.head = conv(3, 8), conv(8, 4)
+        self.scale = 1.0
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.scale)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.scale = float(state)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.scale += 0.1
+        return self.head(torch.tanh(self.enc(x)) * self.scale)
+
+
+class LoadHook(nn.Module):
+    """Loading halves a kernel and saving doubles it: the state dict's tensors are not the parameters'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc, self.head = conv(3, 8), conv(8, 4)
+        self._register_state_dict_hook(_double)
+        self.register_load_state_dict_pre_hook(_halve)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.enc(x)))
+
+
+def _double(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+    state[f"{prefix}head.weight"] = 2 * state[f"{prefix}head.weight"]
+
+
+def _halve(module: nn.Module, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+    if f"{prefix}head.weight" in state:
+        state[f"{prefix}head.weight"] = state[f"{prefix}head.weight"] / 2
