@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from doconv_convert.nn import compiled
 
@@ -48,7 +49,7 @@ def _is_for_others() -> bool:
 
 
 def _fit(weight: Tensor, d: Tensor, extra: Tensor | None, groups: int) -> bool:
-    """Shapes that belong together, of ordinary tensors that the kernels take; everything else is torch's, its errors too."""
+    """Shapes that belong together, of tensors that the kernels take; everything else is torch's, its errors too."""
     if d.dim() != 3 or weight.dim() < 3 or groups < 1 or weight.shape[0] % groups:
         return False
     (in_channels, positions, slots), (out_channels, per_group) = d.shape, weight.shape[:2]
@@ -115,16 +116,20 @@ def differentiated(
     dL/dW^ = [G | 0] + D^T G for all slots of W, dL/dD = G W^ summed over the outputs of a group.
     """
     (in_channels, positions, slots), q, per_group = d.shape, weight.shape[0] // groups, weight.shape[1]
+    wide = torch.promote_types(weight.dtype, torch.float32)
     with torch.autocast(gradient.device.type, enabled=False):
-        parts = [tensor.flatten(2).float() for tensor in (weight, weight_extra) if tensor is not None]
-        w = torch.cat(parts, 2).reshape(groups, q, per_group, slots)
-        g = gradient.float().reshape(groups, q, per_group, positions)
-        for_slots = torch.einsum("gojp,gjps->gojs", g, d.float().reshape(groups, per_group, positions, slots))
-        for_d = torch.einsum("gojp,gojs->gjps", g, w).reshape(in_channels, positions, slots)
-        for_weight = (g + for_slots[..., :positions]).reshape(weight.shape)
+        parts = [tensor.flatten(2).to(wide) for tensor in (weight, weight_extra) if tensor is not None]
+        w, g = (
+            tensor.reshape(groups, q, per_group, -1).transpose(1, 2).reshape(in_channels, q, -1)
+            for tensor in (torch.cat(parts, 2), gradient.to(wide))
+        )
+        for_d = torch.bmm(g.transpose(1, 2), w)
+        for_slots = F.pad(g, (0, slots - positions)) + torch.bmm(g, d.to(wide))
+        for_slots = for_slots.reshape(groups, per_group, q, slots).transpose(1, 2).reshape(-1, per_group, slots)
+        for_weight = for_slots.narrow(2, 0, positions).reshape(weight.shape)
     if weight_extra is None:
         return for_weight.to(weight.dtype), for_d.to(d.dtype), None
-    for_extra = for_slots[..., positions:].reshape(weight_extra.shape).to(weight_extra.dtype)
+    for_extra = for_slots.narrow(2, positions, slots - positions).to(weight_extra.dtype)
     return for_weight.to(weight.dtype), for_d.to(d.dtype), for_extra
 
 

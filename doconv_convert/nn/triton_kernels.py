@@ -38,7 +38,7 @@ def _add_product(
     source,
     d,
     rows,
-    row_mask,
+    mask,
     columns_mask,
     q,
     per_group,
@@ -55,7 +55,6 @@ def _add_product(
     step = per_group if LAST else 1
     place = j if LAST else j * T
     places = (group[None, :] * q + rows[:, None]) * (per_group * T) + place[None, :]
-    mask = row_mask[:, None] & columns_mask[None, :]
     if BLOCK_T == 1:
         for t in tl.range(0, T, loop_unroll_factor=UNROLL):
             numbers = tl.load(source + places + t * step, mask, 0.0).to(tl.float32)
@@ -98,22 +97,47 @@ def _product(
     """out[row, c, x] = base[row, c, x] + sum_t D[c, x, t] [source | extra][row, c, t], of T and EXTRA numbers."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    columns_mask, row_mask = m < columns, rows < q
+    columns_mask = m < columns
+    mask = (rows < q)[:, None] & columns_mask[None, :]
     c, x, first, group, j = _column(m, q, per_group, X, OUT_LAST)
-    mask = row_mask[:, None] & columns_mask[None, :]
     places = first[None, :] + rows[:, None] * (per_group * X)
-    if BASE:
-        total = tl.load(base + places, mask, 0.0).to(tl.float32)
-    else:
-        total = tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
+    total = tl.load(base + places, mask, 0.0).to(tl.float32) if BASE else tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
     d_column = c * d_channel + x * d_number
     total = _add_product(
-        total, source, d, rows, row_mask, columns_mask, q, per_group, group, j, d_column, d_step, T, SOURCE_LAST, BLOCK_T
+        total,
+        source,
+        d,
+        rows,
+        mask,
+        columns_mask,
+        q,
+        per_group,
+        group,
+        j,
+        d_column,
+        d_step,
+        T,
+        SOURCE_LAST,
+        BLOCK_T,
     )
     if EXTRA > 0:
         d_column += T * d_step
         total = _add_product(
-            total, extra, d, rows, row_mask, columns_mask, q, per_group, group, j, d_column, d_step, EXTRA, False, BLOCK_T
+            total,
+            extra,
+            d,
+            rows,
+            mask,
+            columns_mask,
+            q,
+            per_group,
+            group,
+            j,
+            d_column,
+            d_step,
+            EXTRA,
+            False,
+            BLOCK_T,
         )
     tl.store(out + places, total.to(out.dtype.element_ty), mask)
 
