@@ -11,6 +11,13 @@ from doconv_convert.artifacts.export import child_process
 # Before torch is imported: with more, the processes wait for each other, spinning.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Triton's kernels run on the CPU, in its interpreter, but for the tests that have a GPU; also before torch."""
+    if config.option.markexpr != "gpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 OwnChild = child_process.Child
 
 

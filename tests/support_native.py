@@ -1,5 +1,7 @@
 """What the tests of product.c share: what can be loaded, tensors to compose, and a count of calls."""
 
+import ctypes
+import mmap
 from typing import Any
 
 import pytest
@@ -33,3 +35,15 @@ def count_calls(name: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(native, name, counted_function)
     return calls
+
+
+def at_the_end_of_memory(tensor: Tensor) -> Tensor:
+    """A copy whose last number is the last before a page that must not be touched."""
+    page, size = mmap.PAGESIZE, tensor.numel() * tensor.element_size()
+    pages = -(-size // page) * page
+    memory = mmap.mmap(-1, pages + page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(address + pages), ctypes.c_size_t(page), 0) == 0
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=pages - size).view(tensor.shape)
+    return copy.copy_(tensor)

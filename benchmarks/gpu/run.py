@@ -1,7 +1,7 @@
 """What run.sh runs: the steps in order, each a process with a time budget, and what became of them.
 
-A step gets `--json FILE`, `--seconds N` (it starts nothing new after them) and, in a dry run, `--dry`. It is ended GRACE
-seconds later; what it had written by then stays.
+A step gets `--json FILE`, `--seconds N` (it starts nothing new after them) and, in a dry run, `--dry`. It is ended
+GRACE seconds later; what it had written by then stays.
 """
 
 from __future__ import annotations

@@ -53,6 +53,8 @@ def compose_kernel(weight: Tensor, d: Tensor, weight_extra: Tensor | None = None
         return _as_one_node(compose_kernel, weight, d, weight_extra, groups)
     if weight_extra is None and weight.is_contiguous() and native.serves(d, groups, weight):
         return compiled_product(weight, d, groups)  # nothing to cast, copy or switch off
+    if _is_on_gpu(weight) and (kernel := _composed_on_gpu(weight, d, weight_extra, groups)) is not None:
+        return kernel
     device = weight.device.type
     # A context manager costs more than a small composition: enter it only where there is something to switch off.
     autocast = device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
@@ -211,6 +213,16 @@ def feature_macs(
     B*V*(D_mul*K*C_in + C_out*D_mul*C_in/g) (arXiv 2006.12030). Arguments are `kernel_macs`'s."""
     per_position = d_mul * kernel_positions * in_channels + out_channels * d_mul * in_channels // groups
     return batch * output_volume * per_position
+
+
+def _is_on_gpu(weight: Tensor) -> bool:
+    return weight.is_cuda
+
+
+def _composed_on_gpu(weight: Tensor, d: Tensor, weight_extra: Tensor | None, groups: int) -> Tensor | None:
+    from doconv_convert.nn import cuda  # and with it Triton, only where there is such a device
+
+    return cuda.composed(weight, d, weight_extra, groups)
 
 
 def _is_tracked(*tensors: Tensor | None) -> bool:

@@ -1,7 +1,5 @@
 """product.c's arithmetic: against torch's own operations, at the edges of memory, on any number of threads."""
 
-import ctypes
-import mmap
 import platform
 import shutil
 import sys
@@ -9,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support_native import PROCESSORS, REAL, count_calls, drawn
+from support_native import PROCESSORS, REAL, at_the_end_of_memory, count_calls, drawn
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -85,18 +83,6 @@ def test_nothing_beyond_a_tensor_is_touched(processor: str, shape: tuple[Any, ..
     differentiate(*(tensor.data_ptr() for tensor in (g, w, matrices, for_w, for_d, *more)), *sizes, 2)
     expected = native.compose(weight, d, groups), *native.differentiate(gradient, weight, d, groups)
     assert all(torch.equal(one, other) for one, other in zip((kernel, for_w, for_d), expected, strict=True))
-
-
-def at_the_end_of_memory(tensor: Tensor) -> Tensor:
-    """A copy whose last number is the last before a page that must not be touched."""
-    page, size = mmap.PAGESIZE, tensor.numel() * tensor.element_size()
-    pages = -(-size // page) * page
-    memory = mmap.mmap(-1, pages + page)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.mprotect(ctypes.c_void_p(address + pages), ctypes.c_size_t(page), 0) == 0
-    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=pages - size).view(tensor.shape)
-    return copy.copy_(tensor)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
