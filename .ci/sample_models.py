@@ -15,10 +15,10 @@ import torch
 
 from doconv_convert import export_onnx, to_doconv
 from doconv_convert.artifacts.checkpoints.checkpoint import save
-from doconv_convert.artifacts.models import Opened, find_inputs
+from doconv_convert.artifacts.models import SourceModel, find_inputs
 from doconv_convert.artifacts.sources.source import build, parse_source
 from doconv_convert.cli.app import app
-from doconv_convert.workflows.rehearsal.randomize import make_lively
+from doconv_convert.workflows.rehearsal.randomize import randomize_and_calibrate
 
 NAMES = ("residual", "grouped", "functional", "tied", "control_flow", "digits")
 
@@ -28,13 +28,13 @@ def prepare(name: str, folder: Path) -> list[str]:
     text = f"{Path(__file__).parents[1] / 'sample_models' / name}.py:{name}"
     source = parse_source(text)
     original = build(source).eval()
-    inputs = find_inputs(Opened(original, source), None, None)
+    inputs = find_inputs(SourceModel(original, source), None, None)
     assert inputs is not None, f"'{text}' declares no INPUT_SHAPE"
-    make_lively(original, inputs.arguments(inputs.proof_batch))
+    randomize_and_calibrate(original, inputs.arguments(inputs.proof_batch))
     export_onnx(original, inputs.arguments(inputs.export_batch), folder / f"{name}.original.onnx")
     torch.manual_seed(0)
     trained = to_doconv(build(source)).eval()
-    make_lively(trained, inputs.arguments(inputs.proof_batch))
+    randomize_and_calibrate(trained, inputs.arguments(inputs.proof_batch))
     save(trained, folder / f"{name}.safetensors")
     return ["fold", f"{folder / name}.safetensors", "--model", text, "--onnx", f"{folder / name}.onnx"]
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-_HOMES = {
+_LAZY_IMPORTS = {
     "DOConv1d": "nn.layers",
     "DOConv2d": "nn.layers",
     "DOConv3d": "nn.layers",
@@ -42,7 +42,7 @@ _HOMES = {
     "__version__": "versions",
 }
 
-__all__ = [*_HOMES]
+__all__ = [*_LAZY_IMPORTS]
 
 if TYPE_CHECKING:
     from doconv_convert.artifacts.checkpoints.checkpoint import load as load
@@ -70,9 +70,9 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _LAZY_IMPORTS:
         raise AttributeError(f"module 'doconv_convert' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"doconv_convert.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"doconv_convert.{_LAZY_IMPORTS[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""What tests of several folders share: models by source, lively weights, and measures of difference."""
+"""What tests of several folders share: models by source, random weights, and measures of difference."""
 
 import copy
 import functools
@@ -21,8 +21,8 @@ from doconv_convert.artifacts.sources.source import build, parse_source
 from doconv_convert.check.outputs.session import OnnxSession
 
 SAMPLES = ("residual", "grouped", "functional", "tied", "control_flow", "digits")
-# The share of the output's scale by which a lively net tells two images apart.
-LIVELY_SPREAD = 1e-2
+# The share of the output's scale by which a randomized net tells two images apart.
+LEAST_SPREAD = 1e-2
 
 
 def inexact_session(error: float, where: Callable[[OnnxSession], bool] = lambda s: not s.precise) -> type[OnnxSession]:
@@ -81,7 +81,7 @@ def is_d(name: str) -> bool:
     return last == "D" or last.endswith("_D")
 
 
-def randomise(model: nn.Module, seed: int) -> nn.Module:
+def randomize(model: nn.Module, seed: int) -> nn.Module:
     """D ~ N(0, 1/K) and weight_extra moved, as after a long training; asserts that there was a D."""
     generator = torch.Generator().manual_seed(seed)
     moved = 0
@@ -97,14 +97,14 @@ def randomise(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
-def make_lively(model: nn.Module, inputs: Tensor, seed: int) -> nn.Module:
+def randomize_and_calibrate(model: nn.Module, inputs: Tensor, seed: int) -> nn.Module:
     """Weights under which the output depends on the image and on every kernel; in eval mode.
 
-    Randomises D where there is one, BN affine parameters, layer scales, biases and zero weights, calibrates the
+    Randomizes D where there is one, BN affine parameters, layer scales, biases and zero weights, calibrates the
     batch-norm statistics on `inputs`, moves them by 5 %, and asserts that outputs differ between samples.
     """
     if any(is_d(name) for name, _ in model.named_parameters()):
-        randomise(model, seed)
+        randomize(model, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -129,7 +129,7 @@ def make_lively(model: nn.Module, inputs: Tensor, seed: int) -> nn.Module:
                 jitter = torch.randn(statistic.shape, generator=generator, dtype=torch.float64).to(statistic.dtype)
                 statistic.mul_(1 + 0.05 * jitter.clamp(-2, 2))
         for output in outputs(model(inputs)):
-            assert difference(output[:1].expand_as(output), output) > LIVELY_SPREAD, "the output ignores the image"
+            assert difference(output[:1].expand_as(output), output) > LEAST_SPREAD, "the output ignores the image"
     return model
 
 

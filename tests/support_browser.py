@@ -63,7 +63,7 @@ class Browser:
         return dict(event)
 
     def open(self, page: Path, *, width: int = 1440, height: int = 900, dark: bool = False) -> None:
-        """Load a file, at a width in CSS pixels and with a preferred colour scheme, until its load event."""
+        """Load a file, at a width in CSS pixels and with a preferred color scheme, until its load event."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600

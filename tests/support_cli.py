@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from support import build_model, make_lively, sample_source, varied_images
+from support import build_model, randomize_and_calibrate, sample_source, varied_images
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -123,7 +123,7 @@ def tiny(folder: Path, factory: str = "tiny") -> nn.Module:
 
 def trained(model: nn.Module, inputs: Tensor, **options: Any) -> nn.Module:
     """`model` converted and as if trained for long: D moved, batch norm calibrated, every output alive."""
-    return make_lively(to_doconv(model, **options), inputs, seed=1).eval()
+    return randomize_and_calibrate(to_doconv(model, **options), inputs, seed=1).eval()
 
 
 @functools.cache
@@ -134,7 +134,7 @@ def _trained_sample(name: str, d_mul: str) -> nn.Module:
 
 
 def trained_sample(name: str, d_mul: str = "K") -> nn.Module:
-    """A fresh copy of a sample model, converted and lively."""
+    """A fresh copy of a sample model, converted, randomized and calibrated."""
     return copy_model(_trained_sample(name, d_mul)).eval()
 
 

@@ -44,7 +44,7 @@ def proof(layers: list[str], file: str = "m.onnx", finding: str = "a finding") -
                 "agreeing": None,
             }
         ],
-        "reach": {name: 10.0 ** (index % 5 - 1) for index, name in enumerate(layers)},
+        "sensitivity": {name: 10.0 ** (index % 5 - 1) for index, name in enumerate(layers)},
         "decides": [],
         "proven": False,
         "failed": True,
@@ -52,7 +52,7 @@ def proof(layers: list[str], file: str = "m.onnx", finding: str = "a finding") -
 
 
 def rehearsed(source: str, layers: list[str], state: str = "passed") -> dict[str, Any]:
-    steps = ["build", "plan", "convert", "lively", "fold", "save"]
+    steps = ["build", "plan", "convert", "randomize", "fold", "save"]
     return {
         "source": source,
         "steps": [

@@ -96,7 +96,7 @@ def converted(plain: nn.Module, **options: Any) -> nn.Module:
 
 
 def images(count: int = 32) -> tuple[Tensor, Tensor]:
-    """Images and labels that can be learnt: each class has a colour and a pattern of its own under noise."""
+    """Images and labels that can be learned: each class has a color and a pattern of its own under noise."""
     generator = torch.Generator().manual_seed(1)
     patterns = torch.randn(CLASSES, *INPUT_SHAPE[1:], generator=generator)
     patterns += 2 * torch.randn(CLASSES, 3, 1, 1, generator=generator)

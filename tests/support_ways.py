@@ -155,7 +155,7 @@ def unfrozen(model: nn.Module) -> list[Tensor]:
     return losses + train(model, optimizer)
 
 
-def synchronised(model: nn.Module) -> list[Tensor]:
+def synchronized(model: nn.Module) -> list[Tensor]:
     model.norm = nn.SyncBatchNorm.convert_sync_batchnorm(model.norm)  # type: ignore[assignment, arg-type]
     whole = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     assert whole is model
@@ -197,6 +197,6 @@ WAYS: dict[str, Way] = {
     "Module.compile": compiled_in_place,
     "functional_call": functional_call,
     "freezing, unfreezing": unfrozen,
-    "SyncBatchNorm": synchronised,
+    "SyncBatchNorm": synchronized,
     "resumed": resumed,
 }

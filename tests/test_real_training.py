@@ -33,7 +33,7 @@ def least_moved_d(model: nn.Module) -> float:
 
 
 def digits_as_images(count: int) -> tuple[Tensor, Tensor]:
-    """Real digits as colour images of 32 pixels."""
+    """Real digits as color images of 32 pixels."""
     digits = load_module(str(sample_models_folder() / "digits.py"))
     images, labels = digits.load_digits()
     large = nn.functional.interpolate(images[:count], size=32, mode="bilinear")

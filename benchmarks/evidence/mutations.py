@@ -2,8 +2,8 @@
 
     python benchmarks/evidence/mutations.py [--nets NAME ...] [--seed 0] [--json docs/data/mutations.json] [--resume]
 
-Each net is converted, made lively (as `rehearse` does) and exported once; a fault is an edit of the ONNX file and
-one run of the proof. docs/make/mutations_table.py makes the page of them.
+Each net is converted, randomized and calibrated (as `rehearse` does) and exported once; a fault is an edit of the ONNX
+file and one run of the proof. docs/make/mutations_table.py makes the page of them.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from torch import nn
 from doconv_convert import to_doconv
 from doconv_convert.artifacts.checkpoints.recipe import recipe_sites
 from doconv_convert.artifacts.export.exporter import export_onnx
-from doconv_convert.artifacts.models import Opened, find_inputs
+from doconv_convert.artifacts.models import SourceModel, find_inputs
 from doconv_convert.artifacts.sources.inputs import Inputs, InputSpec
 from doconv_convert.artifacts.sources.source import Source, build, parse_source
-from doconv_convert.check.outputs.compare import SEEN
-from doconv_convert.check.outputs.expected import TorchSide
+from doconv_convert.check.outputs.compare import COVERED_ABOVE
+from doconv_convert.check.outputs.expected import ReferenceRun
 from doconv_convert.check.proof import prove
 from doconv_convert.check.status import Status
-from doconv_convert.check.torch_runs.reference_run import torch_side
+from doconv_convert.check.torch_runs.reference_run import reference_run
 from doconv_convert.errors import DoconvError
 from doconv_convert.nn.layers import fold_kernel
 from doconv_convert.nn.overlay import stored_kernels
@@ -45,10 +45,10 @@ from doconv_convert.rewrite.fold import fold_in_place
 from doconv_convert.rewrite.fold_kernels import FOLD_TOLERANCE, composition_error, layer_factors
 from doconv_convert.workflows.fold import fold_status
 from doconv_convert.workflows.rehearsal.detectors import draw_heads, rehearsal_source
-from doconv_convert.workflows.rehearsal.randomize import make_lively, randomise_factors
+from doconv_convert.workflows.rehearsal.randomize import randomize_and_calibrate, randomize_factors
 
 ROOT = Path(__file__).resolve().parents[2]
-LIVELY_BATCH = 4
+CALIBRATION_BATCH = 4
 REAL = "mobilenet_v2 (ImageNet)"
 SAMPLES = ("residual", "grouped", "functional", "digits")
 # name: the input's shape where the usual one would only cost time
@@ -76,7 +76,7 @@ class Case:
     folded: nn.Module
     candidate: Path
     baseline: Path
-    side: TorchSide
+    reference: ReferenceRun
     fold: Status
     inputs: Inputs
 
@@ -85,7 +85,7 @@ def make_case(name: str, folder: Path, seed: int) -> Case:
     plain, shape = name.partition(" ")[0], NETS.get(name)
     source = parse_source(f"{ROOT}/sample_models/{name}.py:{name}" if name in SAMPLES else f"torchvision:{plain}")
     original = build(source, seed=seed).eval()
-    inputs = find_inputs(Opened(original, source), [shape] if shape else [], None)
+    inputs = find_inputs(SourceModel(original, source), [shape] if shape else [], None)
     assert inputs is not None
     if inputs.image_list:
         source = rehearsal_source(source)
@@ -100,15 +100,15 @@ def trained_model(name: str, original: nn.Module, inputs: Inputs, seed: int) -> 
     model = to_doconv(original, example_inputs=inputs.arguments(inputs.export_batch), seed=seed)
     if name == REAL:  # as after a short fine-tuning: everything else stays the real network
         with torch.no_grad():
-            randomise_factors(model, torch.Generator().manual_seed(seed))
+            randomize_factors(model, torch.Generator().manual_seed(seed))
             for module in model.modules():
                 for kernel in stored_kernels(module):
                     d = module._parameters[kernel.d_name]
                     if d is not None:
                         d.mul_(0.05)
         return model.eval()
-    arguments = inputs.arguments(LIVELY_BATCH)
-    make_lively(model, arguments, seed)
+    arguments = inputs.arguments(CALIBRATION_BATCH)
+    randomize_and_calibrate(model, arguments, seed)
     if inputs.image_list:
         draw_heads(model, arguments, torch.Generator().manual_seed(seed))
     return model.eval()
@@ -124,8 +124,8 @@ def exported(source: Source, trained: nn.Module, inputs: Inputs, folder: Path, s
     report = export_onnx(folded, inputs.arguments(inputs.export_batch), candidate)
     export_onnx(plain, inputs.arguments(inputs.export_batch), baseline)
     batch = inputs.proof_batch if report.dynamic_batch else inputs.export_batch
-    side = torch_side(trained, folded, inputs.arguments(batch), batch)
-    return Case(trained, folded, candidate, baseline, side, fold_status(recipe_sites(trained), fold), inputs)
+    reference = reference_run(trained, folded, inputs.arguments(batch), batch)
+    return Case(trained, folded, candidate, baseline, reference, fold_status(recipe_sites(trained), fold), inputs)
 
 
 def real_mobilenet(model: nn.Module) -> Inputs:
@@ -146,7 +146,7 @@ def real_mobilenet(model: nn.Module) -> Inputs:
 
 def all_faults(case: Case, model: onnx.ModelProto, seed: int) -> Iterator[faults.Fault]:
     parameters = {name: p.detach().numpy() for name, p in case.folded.named_parameters(remove_duplicate=False)}
-    kernels = {site: parameters.get(f"{site}.weight", parameters.get(site)) for site in case.side.reach}
+    kernels = {site: parameters.get(f"{site}.weight", parameters.get(site)) for site in case.reference.sensitivity}
     places = faults.sites(model, {site: kernel for site, kernel in kernels.items() if kernel is not None})
     yield from faults.kernel_faults(model, places, seed)
     yield from faults.value_faults(model, places, seed)
@@ -176,7 +176,7 @@ def swapped_rows(case: Case, model: onnx.ModelProto, places: dict[str, str]) -> 
 def judge(case: Case, path: Path) -> tuple[list[str], float | None]:
     """The checks that catch the file, and how far its outputs are off in units of their bounds."""
     try:
-        proof = prove(path, case.baseline, case.side, case.fold)
+        proof = prove(path, case.baseline, case.reference, case.fold)
     except DoconvError:
         return ["error"], None
     ratios = [check.error / check.bound for check in proof.outputs if check.bound]
@@ -185,7 +185,7 @@ def judge(case: Case, path: Path) -> tuple[list[str], float | None]:
 
 
 def run_net(name: str, seed: int) -> dict[str, Any]:
-    """Every fault of one net: rows of [kind, where, predicted reach, checks, error / bound]."""
+    """Every fault of one net: rows of [kind, where, predicted sensitivity, checks, error / bound]."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
@@ -196,16 +196,16 @@ def run_net(name: str, seed: int) -> dict[str, Any]:
         for fault in all_faults(case, model, seed):
             faults.write(model, fault, path)
             caught, ratio = judge(case, path)
-            reach = case.side.reach.get(fault.kernel) if fault.kernel else None
-            rows.append([fault.kind, fault.where, _short(reach), ["fold"] * fault.fold + caught, _short(ratio)])
+            sensitivity = case.reference.sensitivity.get(fault.kernel) if fault.kernel else None
+            rows.append([fault.kind, fault.where, _short(sensitivity), ["fold"] * fault.fold + caught, _short(ratio)])
         path.unlink()
         rows.append(["un-folded DO-Conv", "model", None, *judge(case, unfolded(case, folder))])
         rows.append(["external data truncated", "file", None, *judge(case, truncated(model, folder))])
-        missing = sorted(set(case.side.reach) - {row[1] for row in rows})
+        missing = sorted(set(case.reference.sensitivity) - {row[1] for row in rows})
     return {
         "net": name,
         "control": control[0],
-        "kernels": len(case.side.reach),
+        "kernels": len(case.reference.sensitivity),
         "not_in_file": missing,
         "rows": rows,
         "seconds": round(time.perf_counter() - start),
@@ -268,7 +268,7 @@ def main() -> None:
         if options.resume and name in done:
             continue
         done[name] = run_net(name, options.seed)
-        result = {**machine(), "seed": options.seed, "seen": SEEN, "mutations": list(done.values())}
+        result = {**machine(), "seed": options.seed, "seen": COVERED_ABOVE, "mutations": list(done.values())}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(compact(result))
         print(name, json.dumps({k: v for k, v in done[name].items() if k != "rows"}), flush=True)

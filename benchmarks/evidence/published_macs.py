@@ -69,7 +69,7 @@ def input_shape(name: str, weights: str) -> tuple[int, ...]:
 
 
 def architecture(name: str, weights: str) -> nn.Module:
-    """The float network that those weights belong to; quantised ones publish the figure of that before quantising."""
+    """The float network that those weights belong to; quantized ones publish the figure of that before quantizing."""
     if not name.startswith("quantized_"):
         return build(parse_source(f"torchvision:{name}@{weights}"))
     options = {"init_weights": False} if name in ("quantized_googlenet", "quantized_inception_v3") else {}

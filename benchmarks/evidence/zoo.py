@@ -94,7 +94,7 @@ def compact(result: dict[str, Any]) -> dict[str, Any]:
     last, proof = result["steps"][-1], result["proof"] or {}
     outputs = [one for one in proof.get("outputs", []) if one["bound"]]
     ratios = [one["error"] / one["bound"] for one in outputs if one["error"] is not None]
-    reach = [value for value in proof.get("reach", {}).values() if value is not None]
+    sensitivity = [value for value in proof.get("sensitivity", {}).values() if value is not None]
     return {
         "source": result["source"],
         "status": result["status"],
@@ -103,9 +103,9 @@ def compact(result: dict[str, Any]) -> dict[str, Any]:
         "counts": result["counts"],
         "figures": {name: _short(value) for name, value in result["figures"].items()},
         "states": {step["name"]: step["state"] for step in result["steps"]},
-        "kernels": len(proof.get("reach", {})),
-        "least_reach": _short(min(reach, default=None)),
-        "flat": proof.get("flat", {}),
+        "kernels": len(proof.get("sensitivity", {})),
+        "least_reach": _short(min(sensitivity, default=None)),
+        "flat": proof.get("uncovered_reason", {}),
         "worst": _short(max(ratios, default=None)),
         "dynamic_batch": result.get("dynamic_batch"),
         "detail": "" if result["status"] == "passed" else last["detail"][:300],

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from doconv_convert import fold, to_doconv
 from doconv_convert.rewrite.fold_kernels import Factors, folded_rows, layer_factors
-from doconv_convert.workflows.rehearsal.randomize import randomise_factors
+from doconv_convert.workflows.rehearsal.randomize import randomize_factors
 
 MODELS = ["resnet18", "resnet50", "resnext50_32x4d", "mobilenet_v2", "convnext_tiny"]
 
@@ -42,7 +42,7 @@ def main() -> None:
     for name in MODELS:
         torch.manual_seed(0)
         model = to_doconv(torchvision.models.get_model(name, weights=None))
-        randomise_factors(model, torch.Generator().manual_seed(0))
+        randomize_factors(model, torch.Generator().manual_seed(0))
         targets = [(factors, torch.empty_like(factors.weight).detach()) for factors in layer_factors(model)]
         arms = {
             "fold": lambda model=model: fold(model),

@@ -22,7 +22,7 @@ import torch
 from interleaved import machine
 
 from doconv_convert import load, save
-from doconv_convert.workflows.rehearsal.randomize import randomise_factors
+from doconv_convert.workflows.rehearsal.randomize import randomize_factors
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMITS = {"to-doconv": 2.5, "fold": 2.2, "fold --onnx": 4.5}
@@ -73,7 +73,7 @@ def measure(source: str) -> dict[str, Any]:
         runs = {"to-doconv": peak_of([*program, "to-doconv", source, "-o", str(start)])}
         model = load(start).requires_grad_(False)
         generator = torch.Generator().manual_seed(0)
-        randomise_factors(model, generator)
+        randomize_factors(model, generator)
         for parameter in model.parameters():  # a head of zeros would give a constant, which shows nothing
             if not parameter.any():
                 torch.nn.init.normal_(parameter.data, std=0.02, generator=generator)

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 
-from doconv_convert.artifacts.models import Opened, find_inputs
+from doconv_convert.artifacts.models import SourceModel, find_inputs
 from doconv_convert.artifacts.sources.source import build, parse_source
 from doconv_convert.check.outputs.session import OnnxSession
 from doconv_convert.check.proof import prove
-from doconv_convert.check.torch_runs.reference_run import torch_side
+from doconv_convert.check.torch_runs.reference_run import reference_run
 from doconv_convert.rewrite.convert import copy_model
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "evidence"))
@@ -47,12 +47,12 @@ def main() -> None:
     torch.set_num_threads(1)
     source = parse_source(f"torchvision:{options.model}")
     original = build(source).eval()
-    inputs = find_inputs(Opened(original, source), [], None)
+    inputs = find_inputs(SourceModel(original, source), [], None)
     assert inputs is not None
     with tempfile.TemporaryDirectory() as text:
         trained = trained_model(options.model, original, inputs, 0)
         case = exported(source, trained, inputs, Path(text), 0)
-        batch, two = case.side.samples, inputs.arguments(2)
+        batch, two = case.reference.samples, inputs.arguments(2)
 
         def forward() -> None:
             with torch.no_grad():
@@ -61,8 +61,8 @@ def main() -> None:
         works: dict[str, Callable[[], object]] = {
             "forward": forward,
             "session": lambda: OnnxSession(case.candidate),
-            "torch side": lambda: torch_side(trained, copy_model(case.folded), inputs.arguments(batch), batch),
-            "prove": lambda: prove(case.candidate, case.baseline, case.side, case.fold),
+            "torch side": lambda: reference_run(trained, copy_model(case.folded), inputs.arguments(batch), batch),
+            "prove": lambda: prove(case.candidate, case.baseline, case.reference, case.fold),
         }
         forward()
         rounds = [{name: seconds(work) for name, work in works.items()} for _ in range(options.rounds)]

@@ -21,11 +21,11 @@ import torch
 from interleaved import machine
 
 from doconv_convert import rehearse
-from doconv_convert.artifacts.models import Opened, find_inputs
+from doconv_convert.artifacts.models import SourceModel, find_inputs
 from doconv_convert.artifacts.sources.source import build, parse_source
 from doconv_convert.artifacts.sources.zoos import model_names
 from doconv_convert.rewrite.observe import run_model
-from doconv_convert.rewrite.tracing import in_eval
+from doconv_convert.rewrite.tracing import set_eval_mode
 from doconv_convert.workflows.rehearsal.detectors import rehearsal_source
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,14 +38,14 @@ def build_and_run(text: str) -> float:
     start = time.perf_counter()
     source = parse_source(text, {})
     model = build(source, seed=SEED)
-    inputs = find_inputs(Opened(model, source), (), None)
+    inputs = find_inputs(SourceModel(model, source), (), None)
     if inputs is None:
         raise SystemExit(f"'{text}' does not tell its input")
     if inputs.image_list:
         start = time.perf_counter()
         model = build(rehearsal_source(source), seed=SEED)
     with torch.no_grad():
-        run_model(in_eval(model), inputs.arguments(2))
+        run_model(set_eval_mode(model), inputs.arguments(2))
     return time.perf_counter() - start
 
 

@@ -32,7 +32,7 @@ _CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 
 
 @dataclass(frozen=True)
-class Opened:
+class SourceModel:
     """A model, the source that rebuilds it, and what the user should know of it."""
 
     model: nn.Module
@@ -51,7 +51,7 @@ def open_model(
     model_args: Mapping[str, Any],
     seed: int,
     selection: Selection | None = None,
-) -> Opened:
+) -> SourceModel:
     """The model of a SOURCE, with random weights, named ones or those of a checkpoint file; or a file of ours.
 
     Raises UsageError or DoconvError as the parts do.
@@ -61,17 +61,17 @@ def open_model(
         if checkpoint.recipe is None:
             raise UsageError(f"'{text}' has no recipe that says what model it holds; pass SOURCE `weights` {text}.")
         source = checkpoint.recipe.trusted_source(text)
-        return Opened(load_into(build(source), checkpoint), source)
+        return SourceModel(load_into(build(source), checkpoint), source)
     source = parse_source(text, model_args)
     if weights is None or not (is_checkpoint(weights) or Path(weights).is_file()):
         model = build(source, weights, seed)
-        return Opened(model, pinned(source, weights), notes_on(source, model))
+        return SourceModel(model, pinned(source, weights), notes_on(source, model))
     checkpoint = read_checkpoint(weights, selection)
     require_finite(checkpoint)
     model = build(source, None, seed)
     checkpoint = fitted(checkpoint, model)
     notes = (*checkpoint.notes, *notes_on(source, model))
-    return Opened(load_into(model, checkpoint), source, notes)
+    return SourceModel(load_into(model, checkpoint), source, notes)
 
 
 def notes_on(source: Source, model: nn.Module) -> tuple[str, ...]:
@@ -79,7 +79,7 @@ def notes_on(source: Source, model: nn.Module) -> tuple[str, ...]:
     return untied_notes(model) if source.kind == "program" else ()
 
 
-def find_inputs(opened: Opened, shapes: Sequence[str] | None, file: Path | None) -> Inputs | None:
+def find_inputs(opened: SourceModel, shapes: Sequence[str] | None, file: Path | None) -> Inputs | None:
     """The user's samples or shapes, else what the source tells; None where nothing does. Raises UsageError."""
     fixed = fixed_batch(opened.model) if opened.source.kind == "program" else None
     if file is not None:
@@ -91,7 +91,7 @@ def find_inputs(opened: Opened, shapes: Sequence[str] | None, file: Path | None)
     return None if inferred is None else Inputs(inferred, fixed_batch=fixed)
 
 
-def _own_samples(opened: Opened, file: Path) -> Inputs:
+def _own_samples(opened: SourceModel, file: Path) -> Inputs:
     if is_image(file):
         own = [read_image(file, opened.source, opened.model)]
         names = _argument_names(opened.model, 1)

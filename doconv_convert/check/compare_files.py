@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from doconv_convert.artifacts.sources.samples import shaken
+from doconv_convert.artifacts.sources.samples import perturbed
 from doconv_convert.check.outputs.compare import ONNX_BOUND, Array, relative_error
 from doconv_convert.check.outputs.session import run_onnx
 from doconv_convert.check.proof import check_graph, check_macs, check_weights
@@ -28,7 +28,7 @@ def compare_files(baseline: Path, candidate: Path, inputs: Sequence[Array]) -> P
     proof.statuses.append(status)
     proof.macs = count.total
     expected = run_onnx(baseline, inputs)
-    _, others = run_onnx(baseline, [shaken(array, seed=1) for array in inputs])
+    _, others = run_onnx(baseline, [perturbed(array, seed=1) for array in inputs])
     try:
         proof.statuses.append(_same_outputs(expected, others, run_onnx(candidate, inputs)))
     except DoconvError as error:

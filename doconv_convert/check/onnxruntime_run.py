@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from doconv_convert.check.outputs.compare import FLOOR, ONNX_BOUND, OutputCheck, compare_outputs
 from doconv_convert.check.outputs.detections import in_order_of
-from doconv_convert.check.outputs.expected import TorchSide
+from doconv_convert.check.outputs.expected import ReferenceRun
 from doconv_convert.check.outputs.reruns import other_runs
 from doconv_convert.check.outputs.session import OnnxSession
 from doconv_convert.check.status import Status
@@ -21,22 +21,22 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
-def check_outputs(candidate: Path, side: TorchSide) -> tuple[Status, list[OutputCheck]]:
+def check_outputs(candidate: Path, reference: ReferenceRun) -> tuple[Status, list[OutputCheck]]:
     """onnxruntime against the float64 run of the trained model."""
-    if side.fold is not None and side.fold.random is not None:
+    if reference.fold is not None and reference.fold.random is not None:
         detail = (
             "the network is not deterministic in eval mode, so there is nothing to compare with; turn off what is "
             "random there (dropout, noise) or changes from call to call"
         )
-        return Status("outputs", "failed", detail, (side.fold.random,)), []
-    return retry_in_float64(lambda precise, floor: _compare(OnnxSession(candidate, precise=precise), side, floor))
+        return Status("outputs", "failed", detail, (reference.fold.random,)), []
+    return retry_in_float64(lambda precise, floor: _compare(OnnxSession(candidate, precise=precise), reference, floor))
 
 
-def check_resized(candidate: Path, side: TorchSide) -> Status:
+def check_resized(candidate: Path, reference: ReferenceRun) -> Status:
     """The outputs at other sizes than the traced ones."""
-    shapes = ", ".join("x".join(map(str, array.shape)) for array in side.inputs)
+    shapes = ", ".join("x".join(map(str, array.shape)) for array in reference.inputs)
     try:
-        status, _ = check_outputs(candidate, side)
+        status, _ = check_outputs(candidate, reference)
     except DoconvError as error:
         return Status("other sizes", "failed", f"on inputs of {shapes}: {error}")
     return replace(status, name="other sizes", detail=f"on inputs of {shapes}: {status.detail}")
@@ -59,13 +59,13 @@ def retry_in_float64(compare: Callable[[bool, float], tuple[Status, _T]]) -> tup
     return replace(precise, detail=f"{precise.detail}; {why}"), precise_found
 
 
-def _compare(session: OnnxSession, side: TorchSide, floor: float) -> tuple[Status, list[OutputCheck]]:
-    got = session.run(side.inputs)
-    if len(got) != len(side.truth):
-        detail = f"the file has {counted(len(got), 'output')}, the model {len(side.truth)}"
+def _compare(session: OnnxSession, reference: ReferenceRun, floor: float) -> tuple[Status, list[OutputCheck]]:
+    got = session.run(reference.inputs)
+    if len(got) != len(reference.truth):
+        detail = f"the file has {counted(len(got), 'output')}, the model {len(reference.truth)}"
         return Status("outputs", "failed", detail), []
-    got = in_order_of(side.truth, got, side.detections)
-    checks = compare_outputs(session.outputs, side.truth, side.plain, got, side.samples, floor)
+    got = in_order_of(reference.truth, got, reference.detections)
+    checks = compare_outputs(session.outputs, reference.truth, reference.plain, got, reference.samples, floor)
     if not checks:
         return Status("outputs", "failed", "the model has no tensor outputs; nothing was compared"), []
     bad = tuple(f"'{check.name}' {check.problem}" for check in checks if not check.ok)
@@ -74,15 +74,16 @@ def _compare(session: OnnxSession, side: TorchSide, floor: float) -> tuple[Statu
     if not any(check.variation > check.bound for check in checks):
         detail = "no output differs between the samples, which shows nothing; pass `input_file` with real samples"
         return Status("outputs", "failed", detail), checks
-    problems, runs = other_runs(session, side, checks, floor)
+    problems, runs = other_runs(session, reference, checks, floor)
     if problems:
         return Status("outputs", "failed", "other runs of the same file differ", tuple(problems)), checks
     worst = max(checks, key=lambda check: check.error / check.bound if check.bound else 0.0)
     detail = (
-        f"{counted(len(checks), 'output')}, {counted(side.samples, 'sample')}: relative error {worst.error:.1e} (fp32 "
-        f"torch {worst.plain_error:.1e}, tolerance {worst.bound:.1e}); largest element {worst.largest:.1e}; {runs}"
+        f"{counted(len(checks), 'output')}, {counted(reference.samples, 'sample')}: relative error {worst.error:.1e} "
+        f"(fp32 torch {worst.plain_error:.1e}, tolerance {worst.bound:.1e}); largest element {worst.largest:.1e}; "
+        f"{runs}"
     )
     agreeing = [check.agreeing for check in checks if check.agreeing is not None]
     if agreeing:
-        detail += f"; argmax agrees on {min(agreeing)} of {side.samples} samples"
+        detail += f"; argmax agrees on {min(agreeing)} of {reference.samples} samples"
     return Status("outputs", "passed", detail), checks

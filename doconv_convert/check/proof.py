@@ -13,7 +13,7 @@ from doconv_convert.check.onnx_files.leftovers import leftover_composition
 from doconv_convert.check.onnx_files.model import onnx_input_shapes
 from doconv_convert.check.onnxruntime_run import check_outputs, check_resized
 from doconv_convert.check.outputs.compare import Array
-from doconv_convert.check.outputs.expected import FoldRun, TorchSide
+from doconv_convert.check.outputs.expected import FoldRun, ReferenceRun
 from doconv_convert.check.status import Proof, Status
 from doconv_convert.errors import DoconvError
 from doconv_convert.words import counted
@@ -22,26 +22,26 @@ from doconv_convert.words import counted
 def prove(
     candidate: Path,
     baseline: Path,
-    side: TorchSide,
+    reference: ReferenceRun,
     fold: Status,
-    resized: TorchSide | None = None,
+    resized: ReferenceRun | None = None,
     min_coverage: float = 0.0,
 ) -> Proof:
     """Every check of one file; `resized` are the same models at other sizes of their dynamic dimensions."""
-    fold, side = with_function(fold, side.fold), with_branches(side, candidate)
+    fold, reference = with_function(fold, reference.fold), with_branches(reference, candidate)
     proof = Proof(str(candidate), [fold, check_graph(baseline, candidate)])
-    status, count = check_macs(baseline, candidate, side.inputs)
+    status, count = check_macs(baseline, candidate, reference.inputs)
     proof.statuses.append(status)
     proof.macs, proof.count = count.total, count
     try:
-        status, proof.outputs = check_outputs(candidate, side)
+        status, proof.outputs = check_outputs(candidate, reference)
     except DoconvError as error:
         status = Status("outputs", "failed", str(error))
     proof.statuses.append(status)
     if resized is not None:
         proof.statuses.append(check_resized(candidate, resized))
-    proof.reach, proof.flat = side.reach, side.flat
-    proof.statuses.append(check_coverage(side, proof.state("graph"), fold.state, min_coverage))
+    proof.sensitivity, proof.uncovered_reason = reference.sensitivity, reference.uncovered_reason
+    proof.statuses.append(check_coverage(reference, proof.state("graph"), fold.state, min_coverage))
     return proof
 
 

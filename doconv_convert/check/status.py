@@ -38,8 +38,8 @@ class Proof:
     statuses: list[Status] = field(default_factory=list)
     macs: int | None = None
     outputs: list[OutputCheck] = field(default_factory=list)
-    reach: Mapping[str, float | None] = field(default_factory=dict)
-    flat: Mapping[str, str] = field(default_factory=dict)
+    sensitivity: Mapping[str, float | None] = field(default_factory=dict)
+    uncovered_reason: Mapping[str, str] = field(default_factory=dict)
     count: MacCount | None = None
     layers: Sequence[Layer] | None = None
 

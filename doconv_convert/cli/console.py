@@ -1,6 +1,6 @@
 """What a command shows: text for people, or one JSON document; errors and exit codes.
 
-rich draws for terminals. Into a pipe or a file go plain lines without frames or colours; rich, which takes a
+rich draws for terminals. Into a pipe or a file go plain lines without frames or colors; rich, which takes a
 while to import, is then not loaded.
 """
 
@@ -104,7 +104,7 @@ class Output:
             typer.echo(self.github.error(with_options(text)))
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[int] = ()) -> None:
-        """Rows under a head; the columns `right` hold numbers. On a terminal a state has its colour."""
+        """Rows under a head; the columns `right` hold numbers. On a terminal a state has its color."""
         rows = with_options(rows)
         if self.github is not None:
             self.github.table(head, rows, right)
@@ -148,7 +148,7 @@ class Output:
 
 
 def plain_table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int], columns: int) -> list[str]:
-    """Aligned lines without colours or frames; the widest texts are folded until a line fits into `columns`."""
+    """Aligned lines without colors or frames; the widest texts are folded until a line fits into `columns`."""
     return ["".join(line).rstrip() for line in _laid_out(head, rows, right, columns)]
 
 

@@ -60,7 +60,7 @@ Prefix = Annotated[
 ConstantKernels = Annotated[
     bool,
     typer.Option(
-        "--constant-kernels", help="Fold Conv subclasses and parametrised kernels (weight norm, standardisation) too."
+        "--constant-kernels", help="Fold Conv subclasses and parametrized kernels (weight norm, standardization) too."
     ),
 ]
 

@@ -51,7 +51,7 @@ def compose_kernel(weight: Tensor, d: Tensor, weight_extra: Tensor | None = None
     """
     if isinstance(d, fx.Proxy):
         return _as_one_node(compose_kernel, weight, d, weight_extra, groups)
-    if weight_extra is None and weight.is_contiguous() and native.serves(d, groups, weight):
+    if weight_extra is None and weight.is_contiguous() and native.is_supported(d, groups, weight):
         return compiled_product(weight, d, groups)  # nothing to cast, copy or switch off
     if _is_on_gpu(weight) and (kernel := _composed_on_gpu(weight, d, weight_extra, groups)) is not None:
         return kernel

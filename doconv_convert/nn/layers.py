@@ -210,7 +210,7 @@ class _DOConv(OverParameterized, nn.modules.conv._ConvNd):
         )
 
     def reset_parameters(self) -> None:
-        """The plain layer's initialisation; D becomes zero and weight_extra is drawn anew (seed 0, no name)."""
+        """The plain layer's initialization; D becomes zero and weight_extra is drawn anew (seed 0, no name)."""
         super().reset_parameters()
         extra = self._parameters.get("weight_extra")
         if extra is not None:
@@ -263,7 +263,7 @@ class DOConv3d(_DOConv, nn.Conv3d):
 DOCONV_CLASSES: dict[type[nn.Module], type[_DOConv]] = {c.plain_class: c for c in (DOConv1d, DOConv2d, DOConv3d)}
 
 
-def exact(tensor: Tensor) -> Tensor:
+def to_float64_cpu(tensor: Tensor) -> Tensor:
     """The values in float64 on the CPU, without gradients: itself where it is that already."""
     return tensor.detach().to("cpu", torch.float64)
 
@@ -272,5 +272,10 @@ def fold_kernel(weight: Tensor, d: Tensor | None, weight_extra: Tensor | None, g
     """The folded kernel, composed in float64 on the CPU and not yet cast, (C_out, C_in/g, *kernel_size)."""
 
     if d is None:
-        return exact(weight)
-    return compose_kernel(exact(weight), exact(d), None if weight_extra is None else exact(weight_extra), groups)
+        return to_float64_cpu(weight)
+    return compose_kernel(
+        to_float64_cpu(weight),
+        to_float64_cpu(d),
+        None if weight_extra is None else to_float64_cpu(weight_extra),
+        groups,
+    )

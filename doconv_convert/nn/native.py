@@ -56,10 +56,10 @@ _NAMES = {torch.float32: "float", torch.float64: "double"}
 LIBRARIES = {dtype: library for dtype, real in _NAMES.items() if (library := load(_PROCESSOR, real))}
 
 
-def serves(d: Tensor, groups: int, *kernels: Tensor) -> bool:
-    """Whether `compose` takes D and W (`serves(d, groups, first)`), or `differentiate` these and a gradient: shapes
-    that belong together, (C_out, C_in/g, *size) of K positions and (C_in, K, K) with K <= 16 or depthwise, of ordinary
-    tensors on the CPU that nobody is looking at. Everything else is torch's, its errors too."""
+def is_supported(d: Tensor, groups: int, *kernels: Tensor) -> bool:
+    """Whether `compose` takes D and W (`is_supported(d, groups, first)`), or `differentiate` these and a gradient:
+    shapes that belong together, (C_out, C_in/g, *size) of K positions and (C_in, K, K) with K <= 16 or depthwise, of
+    ordinary tensors on the CPU that nobody is looking at. Everything else is torch's, its errors too."""
     if is_looked_at() or d.dtype not in LIBRARIES or groups < 1 or d.dim() != 3:
         return False
     shape, (in_channels, positions, slots) = kernels[0].shape, d.shape

@@ -30,7 +30,7 @@ def param_groups(
     Args:
         model: the converted model.
         weight_decay: of the first group, and of D unless `d_weight_decay` says otherwise. On D it pulls
-            D^ = [I | 0] + D towards the identity, as in the paper.
+            D^ = [I | 0] + D toward the identity, as in the paper.
         d_weight_decay: of D.
         lr: the learning rate of the first group, and of D unless `d_lr` says otherwise. Without it the groups carry
             none, and the optimizer's own holds.

@@ -16,13 +16,13 @@ from doconv_convert.nn import native
 
 def plus_product(first: Tensor, slots: Tensor, d: Tensor, groups: int) -> Tensor:
     """first[o, j, p] + sum_s D[c, p, s] slots[o, j, s], with c the input channel that slot j of output o reads."""
-    if slots is first and native.serves(d, groups, first):
+    if slots is first and native.is_supported(d, groups, first):
         return compiled_product(first, d, groups)
     return by_torch(first, slots, d, groups)
 
 
 def compiled_product(first: Tensor, d: Tensor, groups: int) -> Tensor:
-    """first + D first, differentiable, where `compiled.serves` these."""
+    """first + D first, differentiable, where `native.is_supported` these."""
     return _Compiled.apply(first, d, groups)  # type: ignore[no-any-return]
 
 
@@ -37,8 +37,8 @@ class _Compiled(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         (first, d), groups, gradient = ctx.saved_tensors, ctx.groups, gradients[0]
         # Where gradients are on, this gradient will be differentiated itself.
-        serves = not torch.is_grad_enabled() and native.serves(d, groups, gradient, first)
-        return *(native.differentiate if serves else differentiated)(gradient, first, d, groups), None
+        supported = not torch.is_grad_enabled() and native.is_supported(d, groups, gradient, first)
+        return *(native.differentiate if supported else differentiated)(gradient, first, d, groups), None
 
 
 def differentiated(gradient: Tensor, first: Tensor, d: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ def _channels_a_block(rows: int, per_group: int, positions: int) -> int:
     """How many input channels (a divisor of C_in/g) one matrix product of a composition takes; each has `rows` rows.
 
     A channel's own product has rows of K = 9 numbers, which fill neither a vector register nor a cache line.
-    Neighbours in memory share one, with a block-diagonal D, until a row has 16: more arithmetic, and less time at
+    Neighbors in memory share one, with a block-diagonal D, until a row has 16: more arithmetic, and less time at
     512x512x3x3 (docs/benchmarks.md). With few rows the larger D would cost more than it saves, in time and in
     memory until the backward.
     """

@@ -60,7 +60,7 @@ def _add_product(
             numbers = tl.load(source + places + t * step, mask, 0.0).to(tl.float32)
             factors = tl.load(d + d_column + t * d_step, columns_mask, 0.0).to(tl.float32)
             total += numbers * factors[None, :]
-    else:  # few rows: D is what there is to read, and neighbours in memory are read together
+    else:  # few rows: D is what there is to read, and neighbors in memory are read together
         for start in range(0, T, BLOCK_T):
             t = start + tl.arange(0, BLOCK_T)
             more = mask[:, :, None] & (t < T)[None, None, :]
@@ -194,7 +194,7 @@ class Tile:
 
 
 def product_tile(q: int, columns: int, numbers: int, together: bool) -> Tile:
-    """For `_product`; `together`: the sum's factors in D are neighbours in memory."""
+    """For `_product`; `together`: the sum's factors in D are neighbors in memory."""
     if q < 8:
         few = triton.next_power_of_2(q)
         return Tile(few, 128 // few, min(16, triton.next_power_of_2(numbers)) if together else 1)

@@ -30,7 +30,7 @@ from doconv_convert.rewrite.writes import graph_writes
 logger = logging.getLogger(__name__)
 
 _PLAIN = tuple(DOCONV_CLASSES)
-_QUANTISED = ("torch.ao.nn.", "torch.nn.quantized", "torch.nn.intrinsic", "torch.nn.qat")
+_QUANTIZED = ("torch.ao.nn.", "torch.nn.quantized", "torch.nn.intrinsic", "torch.nn.qat")
 
 
 @dataclass
@@ -110,14 +110,14 @@ def discover(model: nn.Module, example_inputs: Any = None) -> Discovery:
 def _classify_module(sites: _Sites, path: str, module: nn.Module) -> None:
     if is_over_parameterized(module):
         _already(sites, path, module)
-    elif _is_quantised(module):
-        sites.without_parameter(Owner(path, module, "weight"), Reason.QUANTISED)
+    elif _is_quantized(module):
+        sites.without_parameter(Owner(path, module, "weight"), Reason.QUANTIZED)
     elif isinstance(module, _ConvNd):
         weight = module._parameters.get("weight")
         if isinstance(weight, UninitializedParameter) or isinstance(module, LazyModuleMixin):
             sites.without_parameter(Owner(path, module, "weight"), Reason.LAZY)
         elif weight is None:
-            sites.without_parameter(Owner(path, module, "weight"), Reason.PARAMETRISED)
+            sites.without_parameter(Owner(path, module, "weight"), Reason.PARAMETRIZED)
         elif isinstance(module, _ConvTransposeNd):
             if id(weight) not in sites.by_key:
                 sites.without_parameter(Owner(path, module, "weight"), Reason.TRANSPOSED)
@@ -130,10 +130,10 @@ def _classify_module(sites: _Sites, path: str, module: nn.Module) -> None:
                 site.keep(reason)
 
 
-def _is_quantised(module: nn.Module) -> bool:
-    """Quantised or in quantisation-aware training; a fused float block is a Sequential of ordinary layers."""
+def _is_quantized(module: nn.Module) -> bool:
+    """Quantized or in quantization-aware training; a fused float block is a Sequential of ordinary layers."""
     cls = type(module)
-    ours = cls.__module__.startswith(_QUANTISED) and "Conv" in cls.__name__
+    ours = cls.__module__.startswith(_QUANTIZED) and "Conv" in cls.__name__
     return ours and (isinstance(module, _ConvNd) or not isinstance(module, nn.Sequential))
 
 

@@ -42,13 +42,13 @@ def fold(
     """Fold every DO-Conv layer of `model` into an ordinary convolution (k = D^ W, arXiv 2006.12030).
 
     Kernels are composed in float64 on the CPU, checked by feature composition to 1e-12, and cast once. A layer
-    of another implementation, recognised by its traced graph and not by its names, becomes a plain convolution
+    of another implementation, recognized by its traced graph and not by its names, becomes a plain convolution
     where its kernel is a pure function of its parameters. Folding a plain model changes nothing.
 
     Args:
         model: any nn.Module.
         example_inputs: not needed; accepted so that calls mirror `to_doconv`'s.
-        constant_kernels: fold Conv subclasses and parametrised kernels (weight norm, standardisation) too.
+        constant_kernels: fold Conv subclasses and parametrized kernels (weight norm, standardization) too.
         inplace: fold `model` itself instead of a copy.
 
     Returns:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from doconv_convert.errors import CheckFailedError, DoconvError
 from doconv_convert.nn.composition import full_d, full_w, row_pieces
 from doconv_convert.nn.factors import read_factors
-from doconv_convert.nn.layers import exact, fold_kernel
+from doconv_convert.nn.layers import fold_kernel, to_float64_cpu
 from doconv_convert.nn.overlay import is_over_parameterized, stored_kernels
 from doconv_convert.rewrite.install import restore
 from doconv_convert.rewrite.sites import site_name
@@ -64,11 +64,11 @@ def folded_rows(factors: Factors) -> Iterator[tuple[slice, Tensor]]:
     name = factors.name or "the convolution"
     if factors.weight.is_meta:
         raise DoconvError(f"'{name}': its tensors are on the meta device and hold no values; load a state dict first.")
-    d = exact(factors.d)
+    d = to_float64_cpu(factors.d)
     x, features = draw_probe(d)
     for rows, channels, groups in row_pieces(factors.weight.shape, factors.groups):
-        extra = None if factors.extra is None else exact(factors.extra[rows])
-        piece = Factors(name, exact(factors.weight[rows]), d[channels], extra, groups)
+        extra = None if factors.extra is None else to_float64_cpu(factors.extra[rows])
+        piece = Factors(name, to_float64_cpu(factors.weight[rows]), d[channels], extra, groups)
         kernel = fold_kernel(piece.weight, piece.d, piece.extra, groups)
         error = composition_error(piece, kernel, (x[channels], features[channels]))
         if not error <= FOLD_TOLERANCE:
@@ -95,14 +95,14 @@ def draw_probe(d: Tensor) -> Probe:
     """A random input that just fills the kernel, (C_in, 2, K), and its features by D^, (C_in, 2, D_mul), in float64."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(d.shape[0], 2, d.shape[1], generator=generator, dtype=torch.float64)
-    return x, torch.bmm(x, full_d(exact(d)))
+    return x, torch.bmm(x, full_d(to_float64_cpu(d)))
 
 
 def composition_error(factors: Factors, kernel: Tensor, probe: Probe | None = None) -> float:
     """|x k - feature composition of x| / |x k| in float64, on a random x that just fills the kernel: every entry of
     kernel, W and D takes part. NaN where one of them is not finite. `probe` is D's own, where it is at hand."""
-    weight, d = exact(factors.weight), exact(factors.d)
-    slots = full_w(weight, None if factors.extra is None else exact(factors.extra))
+    weight, d = to_float64_cpu(factors.weight), to_float64_cpu(factors.d)
+    slots = full_w(weight, None if factors.extra is None else to_float64_cpu(factors.extra))
 
     def compare(x: Tensor, features: Tensor) -> float:
         direct = _at_one_position(x, kernel.flatten(2), factors.groups)

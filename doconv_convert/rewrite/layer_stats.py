@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from doconv_convert.nn.composition import kind_of
-from doconv_convert.nn.layers import exact, fold_kernel
+from doconv_convert.nn.layers import fold_kernel, to_float64_cpu
 from doconv_convert.rewrite.discover import discover
 from doconv_convert.rewrite.fold_kernels import Factors, relative_distance
 from doconv_convert.rewrite.foreign.authors import AuthorsSite, authors_sites, folded_authors_kernel
@@ -83,7 +83,7 @@ def moved_layer(factors: Factors) -> Layer:
     """One kernel of ours, in float64 on the CPU."""
     weight, d, extra = factors.weight, factors.d, factors.extra
     composed = fold_kernel(weight, d, extra, factors.groups)
-    start = exact(weight)
+    start = to_float64_cpu(weight)
     added = d.numel() + (0 if extra is None else extra.numel())
     identity = math.sqrt(d.shape[0] * d.shape[1])
     return _layer(factors.name, weight.shape, d, factors.groups, added, identity, relative_distance(composed, start))

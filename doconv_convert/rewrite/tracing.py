@@ -171,7 +171,7 @@ def _copy_containers(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
 M = TypeVar("M", bound=nn.Module)
 
 
-def in_eval(model: M) -> M:
+def set_eval_mode(model: M) -> M:
     """`model` itself with every module in eval mode."""
     for module in model.modules():
         module.training = False

@@ -9,7 +9,7 @@ from typing import Any
 
 from doconv_convert.artifacts.checkpoints.checkpoint import save
 from doconv_convert.artifacts.checkpoints.unwrap import Selection
-from doconv_convert.artifacts.models import Opened, find_inputs, open_model
+from doconv_convert.artifacts.models import SourceModel, find_inputs, open_model
 from doconv_convert.artifacts.sources.source import Source
 from doconv_convert.check.torch_runs.device import find_device
 from doconv_convert.check.torch_runs.exact_start import require_same_function, require_same_start, run_in_eval
@@ -105,7 +105,7 @@ def _plan(model: Any, example: Any, options: Options) -> Plan:
     return as_plan(discovery)
 
 
-def _save_continued(opened: Opened, foreign: Continued, example: Any, out: Path) -> str:
+def _save_continued(opened: SourceModel, foreign: Continued, example: Any, out: Path) -> str:
     if foreign.converted is None:
         raise RuntimeError("a dry run converts nothing.")
     seen = require_same_function(opened.model, foreign.plain, foreign.converted, example)

@@ -20,12 +20,12 @@ from doconv_convert.artifacts.export.job import ExportJob, Flags
 from doconv_convert.artifacts.sources.inputs import Inputs
 from doconv_convert.artifacts.sources.source import Source
 from doconv_convert.check.onnx_files.model import onnx_input_shapes
-from doconv_convert.check.outputs.expected import TorchSide
-from doconv_convert.check.torch_runs.memory import give_up, is_large, take_back
-from doconv_convert.check.torch_runs.reference_run import resized_side, torch_side
-from doconv_convert.workflows.trained_model import Loaded, fold_loaded, load_again
+from doconv_convert.check.outputs.expected import ReferenceRun
+from doconv_convert.check.torch_runs.memory import is_large, release_weights, restore_weights
+from doconv_convert.check.torch_runs.reference_run import reference_run, resized_reference_run
+from doconv_convert.workflows.trained_model import TrainedCheckpoint, fold_trained, load_again
 
-Sides = tuple[TorchSide, TorchSide | None]
+Sides = tuple[ReferenceRun, ReferenceRun | None]
 
 
 def export_job(
@@ -35,7 +35,7 @@ def export_job(
     target: Path,
     flags: Flags,
     inputs: Inputs,
-    trained: Loaded | None = None,
+    trained: TrainedCheckpoint | None = None,
 ) -> ExportJob:
     """An export in a child: of `source`'s plain network with `state`, or of `trained` folded by the child."""
     dynamic_batch = flags.dynamic_batch and inputs.fixed_batch is None
@@ -84,7 +84,7 @@ def write_inputs(path: Path, tensors: Sequence[Tensor]) -> None:
 
 def export_and_run(
     jobs: Sequence[ExportJob],
-    loaded: Loaded,
+    loaded: TrainedCheckpoint,
     folded: nn.Module,
     inputs: Inputs,
     flags: Flags,
@@ -102,13 +102,13 @@ def export_and_run(
         return torch_sides(trained, folded, inputs, batch, flags, device, constant_kernels=constant, spend=large)
 
     def read_folded() -> None:
-        take_back(folded, fold_loaded(load_again(loaded), inplace=True).model)
+        restore_weights(folded, fold_trained(load_again(loaded), inplace=True).model)
 
     if large:
         for child in waiting:  # it has imported torch; a new one starts when its turn comes
             child.close()
         sides = run(batch)
-        give_up(trained, folded)
+        release_weights(trained, folded)
         reports = export_in_child(jobs, waiting=waiting)
     else:
         with ThreadPoolExecutor(1) as background:
@@ -121,21 +121,21 @@ def export_and_run(
             read_folded()
         sides = run(inputs.export_batch)
         if large:
-            give_up(trained, folded)
+            release_weights(trained, folded)
     if sides is not None and large:
         sides = _after(read_folded, sides[0]), sides[1] and _after(read_folded, sides[1])
     return reports, sides
 
 
-def _after(read_folded: Callable[[], None], side: TorchSide) -> TorchSide:
+def _after(read_folded: Callable[[], None], reference: ReferenceRun) -> ReferenceRun:
     """The same side; before its model runs once more, it takes its values back."""
-    alone = side.alone
+    alone = reference.alone
 
     def run(count: int) -> Sequence[Any]:
         read_folded()
         return alone(count) if alone is not None else ()
 
-    return replace(side, alone=alone and run, alone_is_cheap=False)
+    return replace(reference, alone=alone and run, alone_is_cheap=False)
 
 
 def torch_sides(
@@ -154,12 +154,12 @@ def torch_sides(
     device = device or torch.device("cpu")
     # the other sizes first: they need the trained model too
     dynamic, constant = flags.dynamic or {}, constant_kernels
-    resized = resized_side(
+    resized = resized_reference_run(
         trained, folded, inputs, batch, dynamic, flags.input_names, device, constant_kernels=constant
     )
     arguments = inputs.arguments(batch)
-    side = torch_side(trained, folded, arguments, batch, device, constant_kernels=constant, spend=spend)
-    return side, resized
+    reference = reference_run(trained, folded, arguments, batch, device, constant_kernels=constant, spend=spend)
+    return reference, resized
 
 
 @contextmanager

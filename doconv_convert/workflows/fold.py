@@ -17,7 +17,7 @@ from doconv_convert.artifacts.checkpoints.recipe import recipe_sites
 from doconv_convert.artifacts.export.child_process import Child
 from doconv_convert.artifacts.export.job import Flags
 from doconv_convert.artifacts.export.onnx_file import install_model
-from doconv_convert.artifacts.models import Opened, find_inputs
+from doconv_convert.artifacts.models import SourceModel, find_inputs
 from doconv_convert.artifacts.sources.inputs import Inputs
 from doconv_convert.artifacts.sources.source import parse_source
 from doconv_convert.check.certificate.certificate import (
@@ -36,7 +36,7 @@ from doconv_convert.files import check_writable, temporary_beside
 from doconv_convert.workflows.exports import export_and_run, export_job, threads_beside, write_inputs
 from doconv_convert.workflows.fold_request import FoldRequest
 from doconv_convert.workflows.fold_result import FoldResult, describe_layers, fold_status, notes_on_fold
-from doconv_convert.workflows.trained_model import Loaded, fold_loaded, load_trained
+from doconv_convert.workflows.trained_model import TrainedCheckpoint, fold_trained, load_trained
 
 Progress = Callable[[str], None]
 
@@ -60,7 +60,7 @@ def fold_checkpoint(
     loaded = load_trained(request.checkpoint, source, request.options, request.selection, request.constant_kernels)
     inputs = None
     if request.onnx is not None:
-        inputs = find_inputs(Opened(loaded.trained, loaded.source), request.input_shapes, request.input_file)
+        inputs = find_inputs(SourceModel(loaded.trained, loaded.source), request.input_shapes, request.input_file)
         if inputs is None:
             raise UsageError(
                 f"'{loaded.source.text}': its input is not known; give it with `input_shapes` 1,3,224,224."
@@ -82,7 +82,7 @@ def fold_checkpoint(
 
 
 def fold_and_prove(
-    loaded: Loaded,
+    loaded: TrainedCheckpoint,
     inputs: Inputs | None,
     *,
     plain: Path | None = None,
@@ -110,7 +110,7 @@ def fold_and_prove(
     progress("folding")
     sites = recipe_sites(loaded.trained)
     with threads_beside(len(waiting)):
-        folded = fold_loaded(loaded, inplace=onnx is None and not layers)
+        folded = fold_trained(loaded, inplace=onnx is None and not layers)
     status = fold_status(sites, folded)
     # a network whose foreign layers became plain ones is no longer what its source draws
     plain_source = None if folded.by_graph else loaded.source

@@ -18,7 +18,7 @@ from doconv_convert.rewrite.fold import FoldReport
 from doconv_convert.rewrite.fold_kernels import FOLD_TOLERANCE
 from doconv_convert.rewrite.layer_stats import Layer, trained_layers
 from doconv_convert.words import counted
-from doconv_convert.workflows.trained_model import Loaded
+from doconv_convert.workflows.trained_model import TrainedCheckpoint
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def fold_status(sites: Sequence[RecipeSite], folded: FoldReport) -> Status:
     return Status("fold", "passed", detail)
 
 
-def notes_on_fold(loaded: Loaded, folded: FoldReport, sites: Sequence[RecipeSite]) -> tuple[str, ...]:
+def notes_on_fold(loaded: TrainedCheckpoint, folded: FoldReport, sites: Sequence[RecipeSite]) -> tuple[str, ...]:
     notes = [*loaded.checkpoint.notes, *folded.notes]
     if not sites and not loaded.checkpoint.units and not folded.by_graph:
         notes.append(f"'{loaded.checkpoint.path}' has no D: a plain checkpoint, nothing to fold")

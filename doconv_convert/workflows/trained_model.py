@@ -17,11 +17,11 @@ from doconv_convert.errors import UsageError
 from doconv_convert.rewrite.convert import copy_model
 from doconv_convert.rewrite.fold import FoldReport, fold_in_place
 from doconv_convert.rewrite.options import Options
-from doconv_convert.rewrite.tracing import in_eval
+from doconv_convert.rewrite.tracing import set_eval_mode
 
 
 @dataclass(frozen=True)
-class Loaded:
+class TrainedCheckpoint:
     """A checkpoint in its network: the trained (unfolded) model in eval mode and where it came from."""
 
     checkpoint: Checkpoint
@@ -37,7 +37,7 @@ def load_trained(
     options: Options,
     selection: Selection | None = None,
     constant_kernels: bool = False,
-) -> Loaded:
+) -> TrainedCheckpoint:
     """Read a checkpoint of ours, or any state dict of `source`'s model, foreign DO-Conv layers included.
     Raises DoconvError."""
     checkpoint = read_checkpoint(path, selection)
@@ -48,19 +48,19 @@ def load_trained(
     model = build(source)
     require_reproducible(source, model)
     checkpoint = fitted(checkpoint, model)
-    trained = in_eval(load_into(model, checkpoint, options))
+    trained = set_eval_mode(load_into(model, checkpoint, options))
     # the file's own tensors are the model's now; kept, they would be a second copy of the weights
     checkpoint = replace(checkpoint, state={}, notes=(*checkpoint.notes, *notes_on(source, model)))
-    return Loaded(checkpoint, source, trained, options, constant_kernels)
+    return TrainedCheckpoint(checkpoint, source, trained, options, constant_kernels)
 
 
-def load_again(loaded: Loaded) -> Loaded:
+def load_again(loaded: TrainedCheckpoint) -> TrainedCheckpoint:
     """The same, read from its file once more."""
     path, selection = Path(loaded.checkpoint.path), loaded.checkpoint.selection
     return load_trained(path, loaded.source, loaded.options, selection, loaded.constant_kernels)
 
 
-def fold_loaded(loaded: Loaded, *, inplace: bool = False) -> FoldReport:
+def fold_trained(loaded: TrainedCheckpoint, *, inplace: bool = False) -> FoldReport:
     """Fold a copy of the trained model, or it."""
     model = loaded.trained if inplace else copy_model(loaded.trained)
     return fold_in_place(model, constant_kernels=loaded.constant_kernels, check_first=False)

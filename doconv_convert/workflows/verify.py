@@ -20,7 +20,7 @@ from doconv_convert.rewrite.options import Options
 from doconv_convert.workflows.onnx_samples import onnx_samples
 
 if TYPE_CHECKING:
-    from doconv_convert.artifacts.models import Opened
+    from doconv_convert.artifacts.models import SourceModel
 
 Progress = Callable[[str], None]
 
@@ -132,7 +132,7 @@ def _against_torch(candidate: Path, reference: Reference, progress: Progress) ->
     from doconv_convert.check.torch_runs.device import find_device
     from doconv_convert.rewrite.convert import copy_model
     from doconv_convert.rewrite.fold import fold_in_place
-    from doconv_convert.rewrite.tracing import in_eval
+    from doconv_convert.rewrite.tracing import set_eval_mode
     from doconv_convert.workflows.exports import export_baseline, is_dynamic, torch_sides
     from doconv_convert.workflows.fold_result import describe_layers, fold_status
     from doconv_convert.workflows.rehearsal.randomize import use_every_parameter
@@ -146,7 +146,7 @@ def _against_torch(candidate: Path, reference: Reference, progress: Progress) ->
         use_every_parameter(opened.model, inputs)
     progress("folding")
     report = fold_in_place(copy_model(opened.model), constant_kernels=constant, check_first=False)
-    folded, by_graph = in_eval(report.model), bool(report.by_graph)
+    folded, by_graph = set_eval_mode(report.model), bool(report.by_graph)
     layers = describe_layers(opened.model, report, inputs) if reference.layers and has_weights else None
     flags = reference.flags
     with tempfile.TemporaryDirectory() as folder:
@@ -171,9 +171,9 @@ def _against_torch(candidate: Path, reference: Reference, progress: Progress) ->
     return proof
 
 
-def _open(reference: Reference) -> tuple[Opened, bool]:
+def _open(reference: Reference) -> tuple[SourceModel, bool]:
     """The model to compare with, and whether it has weights."""
-    from doconv_convert.artifacts.models import Opened, is_checkpoint, open_model
+    from doconv_convert.artifacts.models import SourceModel, is_checkpoint, open_model
     from doconv_convert.artifacts.sources.source import parse_source
     from doconv_convert.workflows.trained_model import load_trained
 
@@ -181,7 +181,7 @@ def _open(reference: Reference) -> tuple[Opened, bool]:
     if is_checkpoint(against) and ":" not in against:
         source = None if reference.model is None else parse_source(reference.model, reference.model_args)
         loaded = load_trained(Path(against), source, reference.options, reference.selection)
-        return Opened(loaded.trained, loaded.source), True
+        return SourceModel(loaded.trained, loaded.source), True
     opened = open_model(against, reference.weights, reference.model_args, 0, reference.selection)
     return opened, reference.weights is not None or opened.source.kind == "program"
 

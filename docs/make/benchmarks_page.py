@@ -136,7 +136,7 @@ def compositions(data: dict[str, Any]) -> list[str]:
     sizes = data["milliseconds"]
     lines = [
         "One dense 3x3 kernel of C channels, composition forward and backward, milliseconds. Where product.c was not "
-        "compiled, or somebody follows torch's operations, one matrix product is shared between two neighbouring input "
+        "compiled, or somebody follows torch's operations, one matrix product is shared between two neighboring input "
         "channels, with a block-diagonal D: rows of 18 numbers instead of 9. All others were tried and left: *identity "
         "in D* is as fast as that, but sends W itself through products that "
         "`torch.set_float32_matmul_precision` may shorten, so that a new layer would no longer start exactly; a custom "

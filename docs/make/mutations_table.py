@@ -30,11 +30,11 @@ def write_table(result: dict[str, Any], path: Path) -> None:
         + ", ".join(f"{k} {result[k]}" for k in _VERSIONS if k in result)
         + f"; {result.get('machine', '')}; seed {result.get('seed')}.",
         "",
-        "Every fault is planted alone in the exported ONNX file of a net that was converted, made lively and folded "
-        "as `rehearse` does it (MobileNetV2 also with torchvision's ImageNet weights on photographs), and the file "
-        "then goes through the whole proof. `error` means that the file cannot be read at all (exit 1; every other "
-        "failed check exits 3). `coverage` is no catch of its own where the graph failed: kernels that it names as "
-        "unseen then count as unproven.",
+        "Every fault is planted alone in the exported ONNX file of a net that was converted, randomized, calibrated "
+        "and folded as `rehearse` does it (MobileNetV2 also with torchvision's ImageNet weights on photographs), and "
+        "the file then goes through the whole proof. `error` means that the file cannot be read at all (exit 1; every "
+        "other failed check exits 3). `coverage` is no catch of its own where the graph failed: kernels that it names "
+        "as unseen then count as unproven.",
         "",
         *_summary(result),
         *_by_kind(result["mutations"]),
@@ -59,7 +59,7 @@ def _summary(result: dict[str, Any]) -> list[str]:
         f"- {len(nets)} nets, {len(rows)} faults; the undamaged file of each is proven"
         + (f", except {', '.join(controls)}" if controls else "")
         + ".",
-        f"- Faults of 1e-3 on covered kernels (predicted reach above {seen:g}): {caught} of {len(planted)} "
+        f"- Faults of 1e-3 on covered kernels (predicted sensitivity above {seen:g}): {caught} of {len(planted)} "
         f"({caught / max(len(planted), 1):.1%}) caught by the outputs check alone.",
         f"- The other {len(kernels) - len(planted)} kernels are not called covered; the outputs caught "
         f"{sum('outputs' in row[3] for row in kernels) - caught} of them all the same, the graph's bytes every one.",

@@ -24,8 +24,8 @@ Made by `python docs/make/published_macs_table.py` from `docs/data/published_mac
 For every weights entry of torchvision that publishes a figure (`meta["_ops"]`, giga-MACs, three decimals): the
 architecture those weights belong to, exported to ONNX at the weights' own crop size (video: 16 frames; detectors and
 RAFT at 512 x 512, as torchvision measured them) and counted by `count_macs`. *torch* is half of what
-`torch.utils.flop_counter` counts in a run of the same net. Quantised entries publish the figure of the net before
-quantisation, which is what is counted here.
+`torch.utils.flop_counter` counts in a run of the same net. Quantized entries publish the figure of the net before
+quantization, which is what is counted here.
 
 """
 

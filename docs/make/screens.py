@@ -28,7 +28,7 @@ from rich.text import Text
 
 DOCS = Path(__file__).resolve().parents[1]
 COLUMNS, ROWS = 80, 400
-COLOURS = {"brown": "yellow"}  # pyte's name for what everybody else calls yellow
+COLORS = {"brown": "yellow"}  # pyte's name for what everybody else calls yellow
 SCREENS = {
     "demo": "doconv-convert demo .",
     "plan": "doconv-convert to-doconv torchvision:squeezenet1_1 --dry-run",
@@ -74,13 +74,13 @@ def run_on_terminal(command: list[str], folder: Path, environment: dict[str, str
 
 
 def lines_of(screen: pyte.Screen) -> list[Text]:
-    """What stands on the screen, in its colours."""
+    """What stands on the screen, in its colors."""
     lines = []
     for row in range(screen.cursor.y):
         cells = (screen.buffer[row][column] for column in range(COLUMNS))
         line = Text()
-        for (colour, bold), run in groupby(cells, key=lambda cell: (cell.fg, cell.bold)):
-            line.append("".join(cell.data for cell in run), Style(color=COLOURS.get(colour, colour), bold=bold))
+        for (color, bold), run in groupby(cells, key=lambda cell: (cell.fg, cell.bold)):
+            line.append("".join(cell.data for cell in run), Style(color=COLORS.get(color, color), bold=bold))
         line.rstrip()
         lines.append(line)
     return lines

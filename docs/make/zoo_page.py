@@ -14,7 +14,7 @@ from typing import Any
 DOCS = Path(__file__).resolve().parents[1]
 Row = dict[str, Any]
 # What no conversion could be meant for: the kernel is no Parameter of a plain convolution.
-NOT_ELIGIBLE = ("transposed", "blur filter", "input-dependent", "computed", "already parametrised", "lazy", "quantised")
+NOT_ELIGIBLE = ("transposed", "blur filter", "input-dependent", "computed", "already parametrized", "lazy", "quantized")
 NO_D = "convert, no D (1x1)"
 
 
@@ -26,8 +26,8 @@ def write_page(data: Path, target: Path) -> None:
     lines = [
         "# The zoo",
         "",
-        "Models of torchvision and timm, by their names, converted, folded, exported and proven, with random weights",
-        "made lively. Made by `python docs/make/zoo_page.py` from the rows in `docs/data/zoo/`, which",
+        "Models of torchvision and timm, by their names, converted, folded, exported and proven, with random weights,",
+        "calibrated. Made by `python docs/make/zoo_page.py` from the rows in `docs/data/zoo/`, which",
         "`python benchmarks/evidence/zoo.py` leaves (its help names the steps).",
         "A convolution counts as *swapped* where it got a D, as *no D* where its kernel is 1x1, else as *kept* with",
         "the reason. `worst` is the largest error of an output in units of its bound, `reach` the least movement of an",

@@ -1,6 +1,6 @@
 """The study's data: scikit-learn's digits (8 x 8) and Fashion-MNIST (28 x 28), as float images and labels.
 
-Fashion-MNIST (MIT licence) is read from Debian's package `dataset-fashion-mnist` where that is installed, else
+Fashion-MNIST (MIT license) is read from Debian's package `dataset-fashion-mnist` where that is installed, else
 torchvision downloads it.
 """
 

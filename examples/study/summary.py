@@ -119,10 +119,10 @@ def plot_accuracy(runs: Runs, path: Path) -> None:
     for row, ((data, net), arm) in enumerate((one, arm) for one in runs for arm in ARMS):
         points = paired(runs[data, net], arm, lambda row: 100 * row["accuracy"])
         mean, half = interval(points)
-        axis.plot(points, [row] * len(points), ".", color="grey", markersize=4)
+        axis.plot(points, [row] * len(points), ".", color="gray", markersize=4)
         axis.errorbar(mean, row, xerr=half, fmt="o", color=f"C{ARMS.index(arm)}", capsize=3)
         labels.append(f"{data}, {net}, {arm}")
-    axis.axvline(0, color="grey", linewidth=0.8)
+    axis.axvline(0, color="gray", linewidth=0.8)
     axis.set_yticks(range(len(labels)), labels)
     axis.invert_yaxis()
     axis.set_xlabel("test accuracy minus the plain net's, points")
@@ -143,7 +143,7 @@ def plot_losses(runs: Runs, path: Path) -> None:
             steps = np.arange(len(middle)) + window
             (line,) = axis.plot(steps, middle, label=f"D_mul = {arm}")
             axis.fill_between(steps, middle - spread, middle + spread, alpha=0.2, color=line.get_color(), linewidth=0)
-        axis.axhline(0, color="grey", linewidth=0.8)
+        axis.axhline(0, color="gray", linewidth=0.8)
         axis.set_title(f"{data}, {net}", fontsize=10)
     axes[0][0].legend(fontsize=8)
     figure.supxlabel("step")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support_cli import ROOT
 
-from doconv_convert.check.outputs.compare import SEEN
+from doconv_convert.check.outputs.compare import COVERED_ABOVE
 
 SCRIPT = ROOT / "benchmarks/evidence/mutations.py"
 
@@ -20,8 +20,8 @@ def test_every_kernel_counted_as_covered_really_moved_its_outputs_out_of_bounds(
     ratios = [moved / predicted for _, _, predicted, _, moved in rows if predicted]
     assert len(ratios) > 500
     assert min(ratios) < 0.75  # the prediction is one random direction's
-    assert SEEN * min(ratios) > 1
-    assert result["seen"] == SEEN
+    assert COVERED_ABOVE * min(ratios) > 1
+    assert result["seen"] == COVERED_ABOVE
 
 
 @pytest.mark.zoo

@@ -20,10 +20,10 @@ from doconv_convert.artifacts.export.exporter import export_onnx
 from doconv_convert.check.compare_files import compare_files
 from doconv_convert.check.coverage import check_coverage
 from doconv_convert.check.onnxruntime_run import check_outputs
-from doconv_convert.check.outputs.expected import TorchSide
+from doconv_convert.check.outputs.expected import ReferenceRun
 from doconv_convert.check.proof import prove
 from doconv_convert.check.status import Proof, Status
-from doconv_convert.check.torch_runs.reference_run import torch_side
+from doconv_convert.check.torch_runs.reference_run import reference_run
 from doconv_convert.errors import DoconvError
 from doconv_convert.nn.composition import compose_kernel
 from doconv_convert.rewrite import fold_kernels
@@ -41,10 +41,10 @@ class Proven:
     trained: nn.Module
     candidate: Path
     baseline: Path
-    side: TorchSide
+    reference: ReferenceRun
 
     def prove(self, candidate: Path | None = None) -> Proof:
-        return prove(candidate or self.candidate, self.baseline, self.side, FOLDED)
+        return prove(candidate or self.candidate, self.baseline, self.reference, FOLDED)
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +56,8 @@ def proven(tmp_path_factory: pytest.TempPathFactory) -> Proven:
     plain.load_state_dict(folded.state_dict(), strict=True)
     for name, model in (("candidate", folded), ("baseline", plain)):
         export_onnx(model, (IMAGES[:2],), folder / f"{name}.onnx")
-    side = torch_side(trained, copy.deepcopy(folded), (IMAGES,), 3)
-    return Proven(trained, folder / "candidate.onnx", folder / "baseline.onnx", side)
+    reference = reference_run(trained, copy.deepcopy(folded), (IMAGES,), 3)
+    return Proven(trained, folder / "candidate.onnx", folder / "baseline.onnx", reference)
 
 
 def states(proof: Proof) -> dict[str, str]:
@@ -78,7 +78,7 @@ def test_a_faithful_export_is_proven(proven: Proven) -> None:
     (check,) = proof.outputs
     assert check.error <= check.bound < 1e-4
     assert check.variation > 1e-2
-    assert len(proof.reach) == 8
+    assert len(proof.sensitivity) == 8
     assert proof.to_json()["proven"] is True
 
 
@@ -206,7 +206,7 @@ def test_a_change_of_1e_3_in_any_kernel_is_caught_by_the_outputs_alone(
     model = onnx.load(proven.candidate)
     change_tensor(model, kernels(model)[index], jiggle)
     onnx.save(model, tmp_path / "damaged.onnx")
-    status, (check,) = check_outputs(tmp_path / "damaged.onnx", proven.side)
+    status, (check,) = check_outputs(tmp_path / "damaged.onnx", proven.reference)
     assert status.state == "failed"
     assert check.error > 2 * check.bound
 
@@ -243,8 +243,8 @@ def test_rows_of_d_that_go_to_the_wrong_channel_are_caught_at_each_site(monkeypa
 def exported(model: nn.Module, folder: Path, inputs: Tensor) -> Proof:
     """The proof of a plain model against itself."""
     export_onnx(model, (inputs[:2],), folder / "m.onnx")
-    side = torch_side(model, copy.deepcopy(model), (inputs,), len(inputs))
-    return prove(folder / "m.onnx", folder / "m.onnx", side, FOLDED)
+    reference = reference_run(model, copy.deepcopy(model), (inputs,), len(inputs))
+    return prove(folder / "m.onnx", folder / "m.onnx", reference, FOLDED)
 
 
 def test_a_constant_output_shows_nothing(tmp_path: Path) -> None:
@@ -276,31 +276,31 @@ def test_nan_on_both_sides_never_passes(tmp_path: Path) -> None:
 
 
 def test_another_number_or_shape_of_outputs_never_passes(proven: Proven) -> None:
-    side = proven.side
+    reference = proven.reference
     for wrong in (
-        replace(side, truth=[*side.truth] * 2, plain=[*side.plain] * 2),
-        replace(side, truth=[], plain=[]),
-        replace(side, truth=[side.truth[0][0]], plain=[side.plain[0][0]]),
-        replace(side, truth=[side.truth[0][:0]], plain=[side.plain[0][:0]]),
-        replace(side, inputs=[side.inputs[0][:, :2]]),
-        replace(side, inputs=[]),
+        replace(reference, truth=[*reference.truth] * 2, plain=[*reference.plain] * 2),
+        replace(reference, truth=[], plain=[]),
+        replace(reference, truth=[reference.truth[0][0]], plain=[reference.plain[0][0]]),
+        replace(reference, truth=[reference.truth[0][:0]], plain=[reference.plain[0][:0]]),
+        replace(reference, inputs=[reference.inputs[0][:, :2]]),
+        replace(reference, inputs=[]),
     ):
         proof = prove(proven.candidate, proven.baseline, wrong, FOLDED)
         assert "outputs" in failed(proof)
 
 
-def side_with(reach: dict[str, float | None]) -> TorchSide:
-    return TorchSide([], [], [], 3, reach)
+def side_with(sensitivity: dict[str, float | None]) -> ReferenceRun:
+    return ReferenceRun([], [], [], 3, sensitivity)
 
 
 def test_blind_kernels_count_only_with_the_fold_and_equal_bytes() -> None:
-    side = side_with({"seen": 2.0, "blind": 0.5, "training": None})
-    status = check_coverage(side, "passed", "passed")
+    reference = side_with({"seen": 2.0, "blind": 0.5, "training": None})
+    status = check_coverage(reference, "passed", "passed")
     assert status.state == "passed"
     assert status.detail.startswith("a change of 0.1 % would show in the outputs for 1 of 3 kernels; 2 others by")
     assert status.findings == ("'blind' moves them by 0.5 bounds", "'training' only runs in training")
     for graph, folded in (("failed", "passed"), ("not checked", "passed"), ("passed", "failed")):
-        assert check_coverage(side, graph, folded).state == "failed"  # type: ignore[arg-type]
+        assert check_coverage(reference, graph, folded).state == "failed"  # type: ignore[arg-type]
         assert check_coverage(side_with({"seen": 2.0}), graph, folded).state == "passed"  # type: ignore[arg-type]
     assert check_coverage(side_with({"nan": float("nan")}), "failed", "passed").state == "failed"
 
@@ -370,7 +370,7 @@ def test_a_half_precision_model_is_judged_by_its_own_rounded_kernels(tmp_path: P
     folded = fold(trained)
     export_onnx(copy.deepcopy(folded).float(), (IMAGES[:2],), tmp_path / "m.onnx")
     for _ in range(2):  # the second time the folded model is float32 already
-        side = torch_side(trained, folded, (IMAGES,), 3)
-        proof = prove(tmp_path / "m.onnx", tmp_path / "m.onnx", side, FOLDED)
+        reference = reference_run(trained, folded, (IMAGES,), 3)
+        proof = prove(tmp_path / "m.onnx", tmp_path / "m.onnx", reference, FOLDED)
         assert proof.proven
         assert proof.outputs[0].bound < FLOAT32_BOUND

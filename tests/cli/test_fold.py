@@ -17,10 +17,10 @@ from torch import nn
 
 from doconv_convert import fold, to_doconv
 from doconv_convert.artifacts.export import onnx_file
-from doconv_convert.artifacts.models import Opened, find_inputs
+from doconv_convert.artifacts.models import SourceModel, find_inputs
 from doconv_convert.artifacts.sources.source import parse_source
 from doconv_convert.check import status
-from doconv_convert.check.torch_runs.reference_run import torch_side
+from doconv_convert.check.torch_runs.reference_run import reference_run
 from doconv_convert.workflows import exports
 from doconv_convert.workflows import fold as fold_workflow
 
@@ -60,8 +60,10 @@ def test_a_trained_model_becomes_a_proven_file(
         (check, "passed") for check in CHECKS
     ]
     coverage = said["proof"]["statuses"][-1]
-    assert len(coverage["findings"]) == sum(reach is None or reach <= 1 for reach in said["proof"]["reach"].values())
-    assert set(said["folded"]) <= set(said["proof"]["reach"])
+    assert len(coverage["findings"]) == sum(
+        value is None or value <= 1 for value in said["proof"]["sensitivity"].values()
+    )
+    assert set(said["folded"]) <= set(said["proof"]["sensitivity"])
     assert names(out) == ["m.certificate.json", "m.onnx", "m.reference.npz", "plain.safetensors"]
     assert run_cli("verify", out / "m.onnx", "--certificate", out / "m.certificate.json").exit_code == 0
 
@@ -195,13 +197,13 @@ def test_one_sample_of_the_users_own_is_enough(tmp_path: Path) -> None:
     """The batch that is compared is made from it, and its samples differ."""
     model, own = trained_tiny(tmp_path), varied_images(1, 2, 6, 6).double().numpy()
     np.save(tmp_path / "x.npy", own)
-    inputs = find_inputs(Opened(model, parse_source(f"{tiny_file(tmp_path)}:tiny")), None, tmp_path / "x.npy")
+    inputs = find_inputs(SourceModel(model, parse_source(f"{tiny_file(tmp_path)}:tiny")), None, tmp_path / "x.npy")
     assert inputs is not None
     (x,) = inputs.arguments(3)
     assert x.shape == (3, 2, 6, 6)
     assert x.dtype == torch.float32
     assert torch.equal(x[0], torch.from_numpy(own[0]).float())
     assert 0 < difference(x[1], x[0]) < 0.5
-    truth = torch.from_numpy(torch_side(model, fold(model), (x,), 3).truth[0])
+    truth = torch.from_numpy(reference_run(model, fold(model), (x,), 3).truth[0])
     assert difference(truth[1], truth[0]) > SAME
     assert difference(truth[2], truth[1]) > SAME

@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import build_model, difference, make_lively, run, varied_images
+from support import build_model, difference, randomize_and_calibrate, run, varied_images
 from support_cli import names, run_cli, tiny, tiny_file
 from support_foreign import Authors, rebuild, wrapped
 from torch import Tensor, nn
@@ -27,11 +27,11 @@ def outputs_of(path: Path, x: Tensor) -> Tensor:
     return torch.from_numpy(got)
 
 
-def lively(model: nn.Module, x: Tensor, d_mul: int | None = None) -> nn.Module:
+def randomized(model: nn.Module, x: Tensor, d_mul: int | None = None) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         rebuild(model, d_mul=d_mul)
-    return make_lively(model, x, seed=0)
+    return randomize_and_calibrate(model, x, seed=0)
 
 
 def without_d(model: nn.Module) -> None:
@@ -64,11 +64,11 @@ def fold_and_compare(folder: Path, foreign: nn.Module, source: str, x: Tensor, *
 
 def test_a_foreign_checkpoint_becomes_a_proven_file(tmp_path: Path) -> None:
     x = varied_images(4, 2, 6, 6)
-    foreign = lively(tiny(tmp_path), x, d_mul=28)
+    foreign = randomized(tiny(tmp_path), x, d_mul=28)
     torch.save(wrapped(foreign), tmp_path / "a.pth")
     said = fold_and_compare(tmp_path, foreign, f"{tiny_file(tmp_path)}:tiny", x)
     assert said["folded"] == ["first", "grouped", "depthwise"]
-    assert set(said["proof"]["reach"]) == set(said["folded"])
+    assert set(said["proof"]["sensitivity"]) == set(said["folded"])
     assert "3 kernels; kernel and feature composition agree" in said["proof"]["statuses"][0]["detail"]
     assert any("the authors' formula is assumed" in note for note in said["notes"])
 
@@ -113,7 +113,7 @@ def test_a_class_at_hand_is_folded_by_graph(
 ) -> None:
     (tmp_path / "classes.py").write_text(CLASSES)
     source, x = f"{tmp_path}/classes.py:{factory}", varied_images(4, 2, 6, 6)
-    foreign = make_lively(build(parse_source(source)), x, seed=3)
+    foreign = randomize_and_calibrate(build(parse_source(source)), x, seed=3)
     torch.save(foreign.state_dict(), tmp_path / "a.pth")
     out = tmp_path / "m.onnx"
     result = run_cli("fold", tmp_path / "a.pth", "--model", source, "--onnx", out, "--json", *options)
@@ -135,6 +135,6 @@ def test_a_class_at_hand_is_folded_by_graph(
 @pytest.mark.parametrize("name", ["resnext50_32x4d", "mobilenet_v2"])
 def test_the_zoo_rebuilt_with_the_foreign_layer(tmp_path: Path, name: str) -> None:
     x = varied_images(4, 3, 64, 64)
-    foreign = lively(build_model(f"torchvision:{name}"), x)
+    foreign = randomized(build_model(f"torchvision:{name}"), x)
     torch.save(wrapped(foreign), tmp_path / "a.pth")
     fold_and_compare(tmp_path, foreign, f"torchvision:{name}", x, "--input-shape", "1,3,64,64")

@@ -19,11 +19,11 @@ from doconv_convert.artifacts.models import find_inputs, open_model
 from doconv_convert.artifacts.sources.inputs import Inputs, InputSpec
 from doconv_convert.artifacts.sources.source import build, parse_source
 from doconv_convert.check.onnxruntime_run import check_resized
-from doconv_convert.check.outputs.expected import TorchSide
+from doconv_convert.check.outputs.expected import ReferenceRun
 from doconv_convert.check.torch_runs.device import find_device, full_precision
 from doconv_convert.errors import DoconvError, UsageError
 from doconv_convert.workflows import exports
-from doconv_convert.workflows.rehearsal.randomize import make_lively
+from doconv_convert.workflows.rehearsal.randomize import randomize_and_calibrate
 
 NETS = """
 import torch
@@ -79,7 +79,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trained(source: str, path: Path, *shapes: tuple[int, ...]) -> None:
     model = to_doconv(build(parse_source(source)))
-    make_lively(model, tuple(varied_images(*shape, seed=index) for index, shape in enumerate(shapes)))
+    randomize_and_calibrate(model, tuple(varied_images(*shape, seed=index) for index, shape in enumerate(shapes)))
     save(model, path, source=source)
 
 
@@ -191,7 +191,7 @@ def test_a_file_that_is_wrong_at_other_sizes_alone_fails(tmp_path: Path) -> None
     onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=9), tmp_path / "cut.onnx")
     for height, state in ((8, "passed"), (40, "failed")):
         x: npt.NDArray[Any] = varied_images(3, 1, height, 8).numpy()
-        assert check_resized(tmp_path / "cut.onnx", TorchSide([x], [x.astype(float)], [x], 3, {})).state == state
+        assert check_resized(tmp_path / "cut.onnx", ReferenceRun([x], [x.astype(float)], [x], 3, {})).state == state
 
 
 def test_devices() -> None:

@@ -22,7 +22,7 @@ from doconv_convert.cli.app import app
 from doconv_convert.cli.console import Output, plain_table
 from doconv_convert.versions import LIBRARIES
 
-COLOUR = re.compile(r"\x1b\[[\d;]*\b(?:3\d|4\d|9\d|10\d)(?:;[\d;]*)?m")
+COLOR = re.compile(r"\x1b\[[\d;]*\b(?:3\d|4\d|9\d|10\d)(?:;[\d;]*)?m")
 
 
 @pytest.fixture(scope="module")
@@ -96,12 +96,12 @@ def on_terminal(*arguments: str, **environment: str) -> str:
     return written.decode()
 
 
-def test_colours_are_for_terminals_that_want_them(folder: Path) -> None:
+def test_colors_are_for_terminals_that_want_them(folder: Path) -> None:
     command = ("verify", str(folder / "out.onnx"), "--certificate", str(folder / "out.certificate.json"))
-    assert COLOUR.search(on_terminal(*command))
+    assert COLOR.search(on_terminal(*command))
     plain = on_terminal(*command, NO_COLOR="1")
     assert "proven" in plain
-    assert COLOUR.search(plain) is None
+    assert COLOR.search(plain) is None
     piped = run_cli(*command).output
     assert "proven" in piped
     assert "\x1b" not in piped

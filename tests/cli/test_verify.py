@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
-from support import build_model, make_lively, sample_source, varied_images
+from support import build_model, randomize_and_calibrate, sample_source, varied_images
 from support_cli import ExportsHere, run_cli, run_python, trained_sample, write_sample
 
 from doconv_convert import fold
@@ -59,7 +59,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trained, x = trained_sample("residual"), varied_images(2, 3, 32, 32)
     export_onnx(fold(trained), (x,), folder / "good.onnx")
     export_onnx(trained, (x,), folder / "unfolded.onnx")
-    again = make_lively(build_model("residual"), varied_images(8, 3, 32, 32), seed=7)
+    again = randomize_and_calibrate(build_model("residual"), varied_images(8, 3, 32, 32), seed=7)
     export_onnx(again, (x,), folder / "other.onnx")
     export_onnx(build_model("grouped"), (x,), folder / "grouped.onnx")
     model = onnx.load(folder / "good.onnx")

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import difference, randomise
+from support import difference, randomize
 from torch import Tensor, nn
 
 from doconv_convert import DOConv1d, DOConv2d, DOConv3d, UsageError, cached, fold, to_doconv
@@ -35,7 +35,7 @@ def by_features(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 def pair(kernel: tuple[int, ...] = (3, 3), out_channels: int = 16, **options: Any) -> tuple[Any, Any]:
     """The same layer with "auto" and with "kernel", in training."""
     layer = CLASSES[len(kernel)](4, out_channels, kernel, composition="auto", dtype=torch.float64, **options)
-    auto = randomise(layer, seed=3).train()
+    auto = randomize(layer, seed=3).train()
     plain: Any = copy.deepcopy(auto)
     plain.composition = "kernel"
     return auto, plain
@@ -152,7 +152,7 @@ def test_one_graph_where_it_is_compiled() -> None:
 
     torch.compiler.reset()
     model = to_doconv(Net(), composition="auto")
-    randomise(model, seed=0)
+    randomize(model, seed=0)
     fast = torch.compile(model, fullgraph=True, backend=count)
     x = image(2, 3, 9, 9).float()
     for _ in range(2):

@@ -4,7 +4,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from support import randomise
+from support import randomize
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -38,7 +38,7 @@ class Repeated(nn.Module):
 def model() -> nn.Module:
     torch.manual_seed(0)
     converted = to_doconv(Repeated().double(), d_mul="K+3")
-    randomise(converted, 0)
+    randomize(converted, 0)
     return converted
 
 
@@ -76,7 +76,7 @@ def test_same_outputs_and_gradients_with_one_composition_a_kernel(model: nn.Modu
 def test_nothing_is_cached_outside(model: nn.Module, x: Tensor) -> None:
     with cached(model), torch.no_grad():
         inside = model(x)
-    randomise(model, 7)
+    randomize(model, 7)
     assert not torch.equal(model(x), inside)
 
 
@@ -99,7 +99,7 @@ def test_a_scope_inside_a_scope_is_refused(model: nn.Module) -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_forward_and_backward_inside(model: nn.Module, x: Tensor, reentrant: bool) -> None:
     single = to_doconv(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)).double())
-    randomise(single, 3)
+    randomize(single, 3)
     x.requires_grad_()
     single(x).square().sum().backward()
     expected = [p.grad.clone() for p in single.parameters()]

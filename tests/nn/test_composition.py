@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import difference, randomise
+from support import difference, randomize
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -125,8 +125,8 @@ def gradients(layer: nn.Module, result: Tensor, x: Tensor) -> dict[str, Tensor]:
 
 
 def check_against_textbook(case: Case) -> None:
-    by_kernel: Any = randomise(case.layer(), seed=3)
-    by_features: Any = randomise(case.layer(composition="feature"), seed=3)
+    by_kernel: Any = randomize(case.layer(), seed=3)
+    by_features: Any = randomize(case.layer(composition="feature"), seed=3)
     plain: Any = getattr(nn, f"Conv{len(case.kernel)}d")
     conv = plain(
         by_kernel.in_channels,
@@ -161,7 +161,7 @@ def test_both_compositions_are_the_papers(case: Case) -> None:
 @pytest.mark.parametrize("composition", ["kernel", "feature"])
 @pytest.mark.parametrize(("groups", "multiplier"), GROUPINGS.values(), ids=list(GROUPINGS))
 def test_gradcheck(groups: int, multiplier: int, composition: str) -> None:
-    layer = randomise(Case((2, 2), groups, multiplier, d_mul="K+3").layer(composition=composition), seed=0)
+    layer = randomize(Case((2, 2), groups, multiplier, d_mul="K+3").layer(composition=composition), seed=0)
     names = [name for name, _ in layer.named_parameters()]
 
     def function(x: Tensor, *tensors: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ def test_any_layer_is_the_papers(case: Case) -> None:
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_the_kernel_is_laid_out_like_the_weight(memory_format: torch.memory_format) -> None:
-    layer: Any = randomise(DOConv2d(8, 6, 3, groups=2).to(memory_format=memory_format), seed=0)
+    layer: Any = randomize(DOConv2d(8, 6, 3, groups=2).to(memory_format=memory_format), seed=0)
     assert layer.effective_kernel().stride() == layer.weight.stride()
     assert layer.to_conv().weight.stride() == layer.weight.stride()
     assert layer.weight.is_contiguous(memory_format=memory_format)
@@ -207,7 +207,7 @@ def test_the_kernel_is_laid_out_like_the_weight(memory_format: torch.memory_form
 @pytest.mark.parametrize("groups", [1, 2, 4, 8])
 @pytest.mark.parametrize("d_mul", ["K", "K+3"])
 def test_a_kernel_composed_in_pieces(d_mul: str, groups: int, numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer: Any = randomise(Case(channels=8, groups=groups, d_mul=d_mul).layer(), seed=0)
+    layer: Any = randomize(Case(channels=8, groups=groups, d_mul=d_mul).layer(), seed=0)
     parts = layer.weight, layer.D, layer.weight_extra, groups
     whole = compose_kernel(*parts)  # with gradients, never in pieces
     assert difference(whole, layer.weight) > MOVED

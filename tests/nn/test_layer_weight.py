@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import difference, is_d, is_factor, randomise
+from support import difference, is_d, is_factor, randomize
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -57,7 +57,7 @@ def made(kind: str, d_mul: str = "K+2") -> tuple[Any, str, nn.Module]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         plain = KINDS[kind]().double()
-    layer = randomise(to_doconv(plain, d_mul=d_mul), seed=0)
+    layer = randomize(to_doconv(plain, d_mul=d_mul), seed=0)
     return layer, "kernel" if kind == "functional" else "weight", plain
 
 
@@ -237,7 +237,7 @@ def test_a_write_sets_the_kernel_exactly(kind: str, write: str) -> None:
 def test_a_handle_follows_the_layer(kind: str) -> None:
     layer, name, plain = made(kind)
     handle = getattr(layer, name)
-    randomise(layer, seed=5)
+    randomize(layer, seed=5)
     assert difference(handle.detach(), composed(layer, name)) < 1e-14
     after_a_step(layer, name)
     assert computes(layer, plain, name, layer._parameters[name].detach())

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import difference, equal, randomise, run
+from support import difference, equal, randomize, run
 from torch import Tensor, fx, nn
 
 from doconv_convert import DOConv1d, DOConv2d, DOConv3d, UsageError, to_doconv
@@ -92,7 +92,7 @@ def test_one_by_one_kernels_have_no_d_unless_pointwise() -> None:
     assert within.D is not None
     assert within.D.shape == (4, 1, 3)
     assert equal(run(within, image()), run(plain, image()))
-    moved = run(randomise(within, seed=0), image())
+    moved = run(randomize(within, seed=0), image())
     assert difference(moved, run(plain, image())) > MOVED
     assert difference(run(within.to_conv(), image()), moved) < 1e-6
     assert type(without.to_conv()) is nn.Conv2d
@@ -101,7 +101,7 @@ def test_one_by_one_kernels_have_no_d_unless_pointwise() -> None:
 
 @pytest.mark.parametrize("d_mul", ["K", "K+3"])
 def test_a_plain_state_dict_loads_strictly(d_mul: str) -> None:
-    ours = randomise(layer(d_mul=d_mul), seed=0)
+    ours = randomize(layer(d_mul=d_mul), seed=0)
     plain = nn.Conv2d(4, 6, 3, padding=1, groups=2)
     assert difference(run(ours, image()), run(plain, image())) > MOVED
     extra = copy.deepcopy(ours.weight_extra)
@@ -122,7 +122,7 @@ def test_what_is_lost_is_missing(lost: str) -> None:
 
 
 def test_an_empty_state_dict_misses_every_key_and_changes_nothing() -> None:
-    ours = randomise(layer(d_mul="K+3"), seed=0)
+    ours = randomize(layer(d_mul="K+3"), seed=0)
     before = ours.D.clone()
     assert ours.load_state_dict({}, strict=False).missing_keys == ["weight", "bias", "D", "weight_extra"]
     assert torch.equal(ours.D, before)
@@ -130,7 +130,7 @@ def test_an_empty_state_dict_misses_every_key_and_changes_nothing() -> None:
 
 @pytest.mark.parametrize("assign", [False, True])
 def test_state_dicts_round_trip(assign: bool) -> None:
-    first, second = randomise(layer(d_mul="K+3"), seed=0), layer(d_mul="K+3")
+    first, second = randomize(layer(d_mul="K+3"), seed=0), layer(d_mul="K+3")
     assert difference(run(first, image()), run(second, image())) > MOVED
     second.load_state_dict(first.state_dict(), assign=assign)
     assert equal(run(first, image()), run(second, image()))
@@ -143,8 +143,8 @@ def test_a_plain_state_dict_is_assigned_to_a_meta_layer() -> None:
     assert equal(run(ours, image()), run(plain, image()))
 
 
-def test_weight_decay_pulls_d_towards_zero() -> None:
-    ours = randomise(layer(), seed=0)
+def test_weight_decay_pulls_d_toward_zero() -> None:
+    ours = randomize(layer(), seed=0)
     before = {name: float(p.detach().norm()) for name, p in ours.named_parameters()}
     optimizer = torch.optim.SGD(ours.parameters(), lr=0.1, weight_decay=0.5)
     for parameter in ours.parameters():
@@ -155,7 +155,7 @@ def test_weight_decay_pulls_d_towards_zero() -> None:
 
 
 def test_reset_parameters_starts_anew() -> None:
-    ours = randomise(layer(d_mul="K+3"), seed=0)
+    ours = randomize(layer(d_mul="K+3"), seed=0)
     ours.reset_parameters()
     assert not ours.D.any()
     assert torch.equal(ours.weight_extra, layer(d_mul="K+3").weight_extra)
@@ -174,7 +174,7 @@ def by_torch_save(module: nn.Module) -> Any:
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, by_pickle, by_torch_save])
 def test_copies_are_the_same_and_apart(duplicate: Any) -> None:
-    ours = randomise(layer(d_mul="K+3"), seed=0)
+    ours = randomize(layer(d_mul="K+3"), seed=0)
     other = duplicate(ours)
     assert type(other) is DOConv2d
     assert equal(run(other, image()), run(ours, image()))
@@ -185,7 +185,7 @@ def test_copies_are_the_same_and_apart(duplicate: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_to_conv_composes_in_float64_and_casts_once(dtype: torch.dtype) -> None:
-    ours = randomise(layer(d_mul="K+3"), seed=0).to(dtype)
+    ours = randomize(layer(d_mul="K+3"), seed=0).to(dtype)
     exact = copy.deepcopy(ours).double().effective_kernel()
     conv = ours.to_conv()
     assert type(conv) is nn.Conv2d
@@ -199,7 +199,7 @@ def test_to_conv_composes_in_float64_and_casts_once(dtype: torch.dtype) -> None:
 
 
 def test_default_tracing_sees_a_leaf() -> None:
-    model = nn.Sequential(randomise(layer(), seed=0), nn.ReLU())
+    model = nn.Sequential(randomize(layer(), seed=0), nn.ReLU())
     graph = fx.symbolic_trace(model)
     assert [n.target for n in graph.graph.nodes if n.op == "call_module"] == ["0", "1"]
     assert equal(run(graph, image()), run(model, image()))
@@ -207,13 +207,13 @@ def test_default_tracing_sees_a_leaf() -> None:
 
 @pytest.mark.parametrize("composition", ["kernel", "feature"])
 def test_a_layer_can_be_the_root_of_a_trace(composition: str) -> None:
-    ours = randomise(layer(composition=composition, d_mul="K+3"), seed=0)
+    ours = randomize(layer(composition=composition, d_mul="K+3"), seed=0)
     assert equal(run(fx.symbolic_trace(ours), image()), run(ours, image()))
 
 
 @pytest.mark.parametrize("composition", ["kernel", "feature"])
 def test_unbatched_meta_and_vmapped_inputs(composition: str) -> None:
-    ours = randomise(layer(composition=composition), seed=0)
+    ours = randomize(layer(composition=composition), seed=0)
     x = image()
     assert difference(run(ours, x[0]), run(ours, x)[0]) < 1e-6
     assert copy.deepcopy(ours).to("meta")(x.to("meta")).shape == (2, 6, 6, 6)
@@ -221,7 +221,7 @@ def test_unbatched_meta_and_vmapped_inputs(composition: str) -> None:
 
 
 def test_per_sample_gradients_and_functional_call() -> None:
-    ours = randomise(layer(d_mul="K+3"), seed=0)
+    ours = randomize(layer(d_mul="K+3"), seed=0)
     doubled = {name: 2 * p.detach() for name, p in ours.named_parameters()}
     changed = torch.func.functional_call(ours, doubled, (image(),))
     assert difference(changed, ours(image())) > MOVED
@@ -248,7 +248,7 @@ def test_from_conv_takes_the_plain_class_only() -> None:
 
 @pytest.mark.parametrize("composition", ["kernel", "feature"])
 def test_autocast_runs_the_convolution_in_half(composition: str) -> None:
-    ours = randomise(layer(composition=composition), seed=0)
+    ours = randomize(layer(composition=composition), seed=0)
     with torch.autocast("cpu", torch.bfloat16):
         result = run(ours, image())
     assert result.dtype == torch.bfloat16

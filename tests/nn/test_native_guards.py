@@ -137,15 +137,15 @@ def test_what_does_not_fit_is_an_error(processor: str, misfit: tuple[Any, ...]) 
 
 def test_what_has_no_numbers_is_left_to_torch(processor: str) -> None:
     weight, d, gradient, groups = drawn((8, 6, 1, (3, 3)))
-    assert native.serves(d, groups, gradient, weight)
+    assert native.is_supported(d, groups, gradient, weight)
     freed = weight.clone()
     freed.untyped_storage().resize_(0)
     for other in (torch._efficientzerotensor(weight.shape, dtype=weight.dtype), torch._neg_view(weight), freed):
-        assert not native.serves(d, groups, gradient, other)
-        assert not native.serves(d, groups, other, weight)
-    assert not native.serves(torch._neg_view(d), groups, weight)
-    assert not native.serves(torch._to_functional_tensor(d), groups, weight)
-    assert not native.serves(d, groups, gradient, weight.float())
+        assert not native.is_supported(d, groups, gradient, other)
+        assert not native.is_supported(d, groups, other, weight)
+    assert not native.is_supported(torch._neg_view(d), groups, weight)
+    assert not native.is_supported(torch._to_functional_tensor(d), groups, weight)
+    assert not native.is_supported(d, groups, gradient, weight.float())
 
 
 def test_what_hooks_made_of_saved_tensors(processor: str) -> None:

@@ -11,9 +11,9 @@ from support import (
     equal,
     is_d,
     is_factor,
-    make_lively,
     random_state_untouched,
-    randomise,
+    randomize,
+    randomize_and_calibrate,
     run,
     signature,
     varied_images,
@@ -39,7 +39,7 @@ GRADIENT_TOLERANCE = 1e-6
 # Folded against unfolded in float64, over MODELS: the largest seen was 0.
 FOLD_TOLERANCE = 1e-12
 pytestmark = pytest.mark.usefixtures("both_arithmetics")
-# How far randomised factors must move the output before a fold of it is evidence.
+# How far randomized factors must move the output before a fold of it is evidence.
 MOVED = 0.1
 
 
@@ -108,11 +108,11 @@ def test_the_start_is_exact_in_every_dtype(dtype: torch.dtype, d_mul: str) -> No
 def test_the_fold_is_exact(source: str) -> None:
     original, x = build_model(source).double(), images(source).double()
     expected_signature = signature(original)
-    make_lively(original, x, seed=1)
+    randomize_and_calibrate(original, x, seed=1)
     converted = to_doconv(original, d_mul="K+3")
     before = run(converted, x)
-    assert difference(run(randomise(converted, seed=2), x), before) > MOVED
-    make_lively(converted, x, seed=2)
+    assert difference(run(randomize(converted, seed=2), x), before) > MOVED
+    randomize_and_calibrate(converted, x, seed=2)
     trained = run(converted, x)
     folded = fold(converted)
     assert signature(folded) == expected_signature
@@ -124,7 +124,7 @@ def test_the_fold_is_exact(source: str) -> None:
 @pytest.mark.parametrize("source", ["torchvision:resnet18", *SAMPLES])
 def test_a_plain_state_dict_loads_strictly(source: str) -> None:
     original, x = build_model(source), images(source)
-    converted = randomise(to_doconv(original, d_mul="K+3"), seed=0)
+    converted = randomize(to_doconv(original, d_mul="K+3"), seed=0)
     assert difference(run(converted, x), run(original, x)) > MOVED
     extra = {n: p.clone() for n, p in converted.named_parameters() if n.endswith("_extra")}
     converted.load_state_dict(original.state_dict())

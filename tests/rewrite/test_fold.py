@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import build_model, difference, randomise, run, signature, varied_images
+from support import build_model, difference, randomize, run, signature, varied_images
 from torch import Tensor, nn
 
 from doconv_convert import DoconvError, fold, to_doconv
@@ -22,7 +22,7 @@ SEEN = 5e-15
 
 
 def trained(name: str = "grouped", d_mul: str = "K+3") -> nn.Module:
-    return randomise(to_doconv(build_model(name), d_mul=d_mul), seed=0)
+    return randomize(to_doconv(build_model(name), d_mul=d_mul), seed=0)
 
 
 def swapped(weight: Tensor, d: Tensor, extra: Tensor | None, groups: int) -> Tensor:
@@ -75,7 +75,7 @@ def test_a_wrong_fold_is_caught(wrong: Any, piece: int, monkeypatch: pytest.Monk
 
 def test_the_last_piece_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(composition, "PIECE", 100)
-    (factors,) = layer_factors(randomise(to_doconv(nn.Sequential(nn.Conv2d(8, 8, 3))), seed=0))
+    (factors,) = layer_factors(randomize(to_doconv(nn.Sequential(nn.Conv2d(8, 8, 3))), seed=0))
     pieces = list(row_pieces(factors.weight.shape, 1))
     assert len(pieces) > 4
     calls: list[int] = []
@@ -126,7 +126,7 @@ def test_a_kernel_that_no_output_reaches_is_checked_too() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.used(x)
 
-    model: Any = randomise(to_doconv(Unused()), seed=0)
+    model: Any = randomize(to_doconv(Unused()), seed=0)
     with torch.no_grad():
         model.unused.D[0, 0, 0] = float("nan")
     with pytest.raises(DoconvError, match="'unused'"):

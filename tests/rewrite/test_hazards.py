@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import difference, equal, random_state_untouched, randomise, run, signature, varied_images
+from support import difference, equal, random_state_untouched, randomize, run, signature, varied_images
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
@@ -112,7 +112,7 @@ class SamePadding(nn.Conv2d):
         return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 
-class Standardised(nn.Conv2d):
+class Standardized(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
         return F.conv2d(x, weight, self.bias, self.stride, self.padding)
@@ -234,7 +234,7 @@ def patched_forward(self: Any, x: Tensor) -> Tensor:
     return self._conv_forward(x.relu(), self.weight, self.bias)
 
 
-def standardising_forward(self: Any, x: Tensor) -> Tensor:
+def standardizing_forward(self: Any, x: Tensor) -> Tensor:
     return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
 
 
@@ -364,7 +364,7 @@ def frozen() -> nn.Module:
     return model
 
 
-def parametrised(norm: Callable[[nn.Module], Any]) -> Callable[[], nn.Module]:
+def parametrized(norm: Callable[[nn.Module], Any]) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         layer = conv()
         norm(layer)
@@ -402,7 +402,7 @@ HAZARDS = {
     ),
     "plain subclass": Hazard(lambda: nn.Sequential(Plain(3, 3, 3)), {"0": CONVERT}),
     "root subclass": Hazard(lambda: SamePadding(3, 4, 3, 2), {"weight": CONVERT}),
-    "standardised": Hazard(lambda: nn.Sequential(conv(), Standardised(3, 3, 3)), {"0": CONVERT, "1": CONVERT}),
+    "standardized": Hazard(lambda: nn.Sequential(conv(), Standardized(3, 3, 3)), {"0": CONVERT, "1": CONVERT}),
     "two outputs": Hazard(Octave, {"split": CONVERT, "high": CONVERT}),
     "held for a functional call": Hazard(Mixer, {"conv1d": CONVERT}),
     "held for a functional call, run": Hazard(Mixer, {"conv1d": CONVERT}, example=True),
@@ -424,8 +424,8 @@ HAZARDS = {
     "written in eval": Hazard(Rebuilt, {"first": CONVERT, "second": CONVERT, "eval_conv": Reason.WRITTEN}),
     "other kernel": Hazard(lambda: nn.Sequential(conv(), OtherKernel()), {"0": CONVERT, "1": Reason.COMPUTED}),
     "instance forward": Hazard(lambda: nn.Sequential(with_forward(conv(), patched_forward)), {"0": CONVERT}),
-    "standardising instance forward": Hazard(
-        lambda: nn.Sequential(conv(), with_forward(conv(), standardising_forward)),
+    "standardizing instance forward": Hazard(
+        lambda: nn.Sequential(conv(), with_forward(conv(), standardizing_forward)),
         {"0": CONVERT, "1": CONVERT},
     ),
     "instance forward of a block": Hazard(
@@ -450,15 +450,15 @@ HAZARDS = {
         ConditionalUntraceable, {"weight": Reason.INPUT_DEPENDENT, "stem": CONVERT}, example=True
     ),
     "computed": Hazard(Computed, {"conv2d": Reason.COMPUTED, "stem": CONVERT}),
-    "weight norm": Hazard(parametrised(parametrizations.weight_norm), {"0": CONVERT, "1": Reason.PARAMETRISED}),
-    "old weight norm": Hazard(parametrised(nn.utils.weight_norm), {"0": CONVERT, "1": Reason.PARAMETRISED}),
-    "spectral norm": Hazard(parametrised(parametrizations.spectral_norm), {"0": CONVERT, "1": Reason.PARAMETRISED}),
+    "weight norm": Hazard(parametrized(parametrizations.weight_norm), {"0": CONVERT, "1": Reason.PARAMETRIZED}),
+    "old weight norm": Hazard(parametrized(nn.utils.weight_norm), {"0": CONVERT, "1": Reason.PARAMETRIZED}),
+    "spectral norm": Hazard(parametrized(parametrizations.spectral_norm), {"0": CONVERT, "1": Reason.PARAMETRIZED}),
     "pruned": Hazard(
-        parametrised(lambda layer: prune.l1_unstructured(layer, "weight", 0.5)),
-        {"0": CONVERT, "1": Reason.PARAMETRISED},
+        parametrized(lambda layer: prune.l1_unstructured(layer, "weight", 0.5)),
+        {"0": CONVERT, "1": Reason.PARAMETRIZED},
     ),
-    "parametrised bias": Hazard(
-        parametrised(lambda layer: register_parametrization(layer, "bias", Halve())), {"0": CONVERT, "1": CONVERT}
+    "parametrized bias": Hazard(
+        parametrized(lambda layer: register_parametrization(layer, "bias", Halve())), {"0": CONVERT, "1": CONVERT}
     ),
     "frozen": Hazard(frozen, {"0": CONVERT, "1": CONVERT}),
     "1x9": Hazard(lambda: nn.Sequential(nn.Conv2d(3, 3, (1, 5), groups=3)), {"0": CONVERT}),
@@ -474,7 +474,7 @@ HAZARDS = {
 }
 UNRUNNABLE = {"31x31 depthwise"}  # only planned: its input would be too large for a test
 # Not before the conversion either.
-NOT_PICKLABLE = {"weight norm", "spectral norm", "parametrised bias"} | {n for n in HAZARDS if "instance forward" in n}
+NOT_PICKLABLE = {"weight norm", "spectral norm", "parametrized bias"} | {n for n in HAZARDS if "instance forward" in n}
 
 
 def make(name: str) -> nn.Module:
@@ -508,7 +508,7 @@ def test_plan(name: str) -> None:
 
 def test_training_and_eval_agree_where_a_layer_is_rebuilt() -> None:
     """The forward that rebuilds the kernel for eval reads those that train."""
-    model, x = randomise(convert("written in eval", make("written in eval")), seed=0), image()
+    model, x = randomize(convert("written in eval", make("written in eval")), seed=0), image()
     trained = model.train()(x)
     assert difference(trained, make("written in eval").train()(x)) > MOVED
     assert difference(run(model.eval(), x), trained) < TOLERANCE
@@ -533,7 +533,7 @@ def test_convert_copy_and_fold(name: str, d_mul: str) -> None:
     converted = convert(name, original, d_mul=d_mul)
     assert equal(run(converted, x), run(original, x))
     assert equal(run(copy_model(converted).train(), x), run(copy_model(original).train(), x))
-    moved = run(randomise(converted, seed=0), x)
+    moved = run(randomize(converted, seed=0), x)
     assert difference(moved, run(original, x)) > MOVED
     assert equal(run(copy_model(converted), x), moved)
     if name not in NOT_PICKLABLE:
@@ -551,7 +551,7 @@ def test_convert_copy_and_fold(name: str, d_mul: str) -> None:
 
 def test_a_hazard_of_each_reason_is_here() -> None:
     shown = {reason for hazard in HAZARDS.values() for reason in hazard.rows.values()}
-    elsewhere = {Reason.LAZY, Reason.QUANTISED, Reason.COMPLEX, Reason.EXCLUDED}
+    elsewhere = {Reason.LAZY, Reason.QUANTIZED, Reason.COMPLEX, Reason.EXCLUDED}
     assert {reason for reason in Reason if reason not in shown} == elsewhere
 
 
@@ -637,7 +637,7 @@ def test_repr_and_isinstance_survive() -> None:
 
 
 def test_assigning_a_kernel_starts_anew() -> None:
-    converted: Any = randomise(convert("functional", make("functional")), seed=0)
+    converted: Any = randomize(convert("functional", make("functional")), seed=0)
     kernel = nn.Parameter(torch.randn(3, 1, 3, 3, dtype=torch.float64))
     converted.kernel = kernel
     assert not converted.kernel_D.any()
@@ -647,7 +647,7 @@ def test_assigning_a_kernel_starts_anew() -> None:
 
 def test_a_plain_state_dict_loads_into_overlaid_modules() -> None:
     original, x = make("functional"), image()
-    converted = randomise(convert("functional", original, d_mul="K+3"), seed=0)
+    converted = randomize(convert("functional", original, d_mul="K+3"), seed=0)
     assert difference(run(converted, x), run(original, x)) > MOVED
     converted.load_state_dict(original.state_dict())
     assert equal(run(converted, x), run(original, x))
@@ -674,7 +674,7 @@ def test_half_precision_keeps_its_dtype(dtype: torch.dtype) -> None:
         converted = convert(name, original)
         assert {p.dtype for p in converted.parameters()} == {dtype}
         assert equal(run(converted, x), run(original, x))
-        moved = run(randomise(converted, seed=0), x)
+        moved = run(randomize(converted, seed=0), x)
         assert difference(moved, run(original, x)) > MOVED
         # The fold rounds once what training rounded once: the same bits, but for two orders of summation.
         assert difference(run(fold(converted), x), moved) < 1e-3
@@ -686,7 +686,7 @@ def test_channels_last_is_kept(name: str) -> None:
     x = image().to(memory_format=torch.channels_last)
     converted = convert(name, original)
     assert equal(run(converted, x), run(original, x))
-    moved = run(randomise(converted, seed=0), x)
+    moved = run(randomize(converted, seed=0), x)
     folded = fold(converted)
     assert difference(run(folded, x), moved) <= TOLERANCE
     assert [p.stride() for p in folded.parameters()] == [p.stride() for p in original.parameters()]
@@ -695,7 +695,7 @@ def test_channels_last_is_kept(name: str) -> None:
 @pytest.mark.parametrize("name", ["functional", "lists", "read outside", "same padding"])
 def test_overlaid_modules_under_torchs_engines(name: str) -> None:
     original, x = make(name), image()
-    converted = randomise(convert(name, original, d_mul="K+3"), seed=0)
+    converted = randomize(convert(name, original, d_mul="K+3"), seed=0)
     moved = run(converted, x)
     assert difference(moved, run(original, x)) > MOVED
     assert equal(run(torch.compile(converted, backend="eager", fullgraph=True), x), moved)
@@ -713,7 +713,7 @@ def test_overlaid_modules_under_torchs_engines(name: str) -> None:
 
 
 def test_every_parameter_of_an_overlaid_module_gets_its_gradient() -> None:
-    converted = randomise(convert("functional", make("functional"), d_mul="K+3"), seed=0)
+    converted = randomize(convert("functional", make("functional"), d_mul="K+3"), seed=0)
     names = [name for name, _ in converted.named_parameters()]
     assert names == ["weight", "kernel", "D", "weight_extra", "kernel_D", "kernel_extra"]
 

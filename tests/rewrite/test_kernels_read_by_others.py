@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import difference, equal, is_d, randomise, run, signature, varied_images
+from support import difference, equal, is_d, randomize, run, signature, varied_images
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -73,7 +73,7 @@ def in_place(unit: Any) -> None:
 @pytest.mark.parametrize("fuse", [by_torch, by_new_layer, in_place])
 def test_a_fused_batch_norm(fuse: Callable[[Any], None], d_mul: str) -> None:
     original = units()
-    model: Any = randomise(to_doconv(original, d_mul=d_mul), seed=0)
+    model: Any = randomize(to_doconv(original, d_mul=d_mul), seed=0)
     expected = run(model, image())
     assert difference(expected, run(original, image())) > MOVED
     with torch.no_grad():
@@ -107,7 +107,7 @@ def test_a_low_rank_change_is_merged(how: str) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         plain = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)).double()
-        layer: Any = randomise(to_doconv(plain, d_mul="K+2"), seed=0)[0]  # type: ignore[index]
+        layer: Any = randomize(to_doconv(plain, d_mul="K+2"), seed=0)[0]  # type: ignore[index]
         model = Lora(layer)
     expected = run(model, image())
     assert not any(p.requires_grad for p in layer.parameters())
@@ -123,7 +123,7 @@ def test_a_low_rank_change_is_merged(how: str) -> None:
 
 def test_a_weight_norm_of_ones_own_reads_the_kernel() -> None:
     """A penalty on the kernel, written over the modules, trains D."""
-    model = randomise(to_doconv(units()), seed=0)
+    model = randomize(to_doconv(units()), seed=0)
     penalty = sum(m.weight.square().sum() for m in model.modules() if isinstance(m, nn.Conv2d))
     penalty.backward()  # type: ignore[union-attr]
     assert all(p.grad is not None and p.grad.any() for name, p in model.named_parameters() if is_d(name))
@@ -135,7 +135,7 @@ def test_initialization_loops_take_on_every_kind() -> None:
             return F.conv2d(F.pad(x, (1, 1, 1, 1)), self.weight, self.bias)
 
     original = nn.Sequential(Same(3, 4, 3), nn.Conv2d(4, 4, 3)).double()
-    model: Any = randomise(to_doconv(original, d_mul="K+2"), seed=0)
+    model: Any = randomize(to_doconv(original, d_mul="K+2"), seed=0)
 
     def initialize(module: nn.Module) -> None:
         if isinstance(module, nn.Conv2d):
@@ -150,7 +150,7 @@ def test_initialization_loops_take_on_every_kind() -> None:
 
 def test_clipping_the_kernel_as_wgan_does() -> None:
     """The list of kernels is made once, before the training."""
-    model: Any = randomise(to_doconv(units()), seed=0)
+    model: Any = randomize(to_doconv(units()), seed=0)
     kernels = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for _ in range(2):

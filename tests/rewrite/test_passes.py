@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import build_model, difference, equal, is_d, randomise, run, varied_images
+from support import build_model, difference, equal, is_d, randomize, run, varied_images
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn import functional as F
@@ -98,7 +98,7 @@ def test_the_passes_alone(origin: Any, cls: type[nn.Module], d_mul: str, copied:
     if copied:
         graph = copy.deepcopy(graph)
         assert equal(run(graph, x), before)
-    moved = run(randomise(graph, seed=0), x)
+    moved = run(randomize(graph, seed=0), x)
     assert difference(moved, before) > MOVED
     result = FoldPass()(graph)
     assert result.modified
@@ -115,7 +115,7 @@ def test_to_doconv_and_fold_serve_graph_modules(origin: Any) -> None:
     original, x = origin(model_of(Mixed)), image()
     converted = to_doconv(original)
     assert equal(run(converted, x), run(original, x))
-    moved = run(randomise(converted, seed=0), x)
+    moved = run(randomize(converted, seed=0), x)
     assert difference(moved, run(original, x)) > MOVED
     again = to_doconv(converted)
     assert {row.action for row in plan(converted).rows} == {row.action for row in plan(again, (x,)).rows}
@@ -196,7 +196,7 @@ def test_one_parameter_in_a_graph_and_in_a_layer_is_folded_once() -> None:
     original, x = Two(), image()
     converted = to_doconv(original)
     assert equal(run(converted, x), run(original, x))
-    moved = run(randomise(converted, seed=0), x)
+    moved = run(randomize(converted, seed=0), x)
     assert difference(moved, run(original, x)) > MOVED
     folded = fold(converted)
     assert difference(run(folded, x), moved) <= TOLERANCE
@@ -205,7 +205,7 @@ def test_one_parameter_in_a_graph_and_in_a_layer_is_folded_once() -> None:
 
 @pytest.mark.parametrize("cls", MODELS)
 def test_a_trace_of_a_converted_model_is_folded_by_the_pass(cls: type[nn.Module]) -> None:
-    converted, x = randomise(to_doconv(model_of(cls)), seed=0), image()
+    converted, x = randomize(to_doconv(model_of(cls)), seed=0), image()
     graph = symbolic(converted)
     moved = run(graph, x)
     assert equal(moved, run(converted, x))
@@ -221,12 +221,12 @@ def test_a_trace_of_a_converted_model_is_folded_by_the_pass(cls: type[nn.Module]
 def test_a_converted_graph_module_pickles(cls: type[nn.Module]) -> None:
     graph, x = symbolic(model_of(cls)), image()
     ToDOConvPass()(graph)
-    moved = run(randomise(graph, seed=0), x)
+    moved = run(randomize(graph, seed=0), x)
     assert equal(run(pickle.loads(pickle.dumps(graph)), x), moved)
 
 
 def test_an_exported_conversion_computes_the_same() -> None:
-    converted, x = randomise(to_doconv(model_of(Mixed)), seed=0), image()
+    converted, x = randomize(to_doconv(model_of(Mixed)), seed=0), image()
     program = exported(converted)
     assert difference(run(program, x), run(converted, x)) <= TOLERANCE
 
@@ -234,7 +234,7 @@ def test_an_exported_conversion_computes_the_same() -> None:
 def test_a_damaged_kernel_stops_the_pass_before_the_first_change() -> None:
     graph = symbolic(model_of(Mixed))
     ToDOConvPass()(graph)
-    randomise(graph, seed=0)
+    randomize(graph, seed=0)
     with torch.no_grad():
         graph.body.kernel[0, 0, 0, 0] = float("nan")  # type: ignore[union-attr, index]
     state = {key: t.clone() for key, t in graph.state_dict().items()}

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import build_model, difference, equal, is_d, randomise, run, varied_images
+from support import build_model, difference, equal, is_d, randomize, run, varied_images
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -34,23 +34,23 @@ def reasons(made: Plan) -> dict[str, str | None]:
     return {row.name: row.reason for row in made.rows}
 
 
-def quantised() -> nn.Module:
+def quantized() -> nn.Module:
     return torch.ao.nn.quantized.Conv2d(3, 3, 3)
 
 
-def quantisation_aware() -> nn.Module:
+def quantization_aware() -> nn.Module:
     return torch.ao.nn.qat.Conv2d(3, 3, 3, qconfig=torch.ao.quantization.default_qat_qconfig)
 
 
-def quantisation_aware_fused() -> nn.Module:
+def quantization_aware_fused() -> nn.Module:
     return torch.ao.nn.intrinsic.qat.ConvReLU2d(3, 3, 3, qconfig=torch.ao.quantization.default_qat_qconfig)
 
 
 KEPT = {
     "lazy": (lambda: nn.LazyConv2d(3, 3), Reason.LAZY),
-    "quantised": (quantised, Reason.QUANTISED),
-    "quantisation-aware": (quantisation_aware, Reason.QUANTISED),
-    "quantisation-aware, fused": (quantisation_aware_fused, Reason.QUANTISED),
+    "quantized": (quantized, Reason.QUANTIZED),
+    "quantization-aware": (quantization_aware, Reason.QUANTIZED),
+    "quantization-aware, fused": (quantization_aware_fused, Reason.QUANTIZED),
     "complex": (lambda: nn.Conv2d(3, 3, 3, dtype=torch.complex64), Reason.COMPLEX),
     "transposed": (lambda: nn.ConvTranspose2d(3, 3, 3), Reason.TRANSPOSED),
 }
@@ -102,7 +102,7 @@ def test_an_unseen_functional_call_is_hinted_at() -> None:
 
 
 def test_an_already_converted_model_comes_back_unchanged() -> None:
-    converted = randomise(to_doconv(build_model("tied"), d_mul="K+3"), seed=0)
+    converted = randomize(to_doconv(build_model("tied"), d_mul="K+3"), seed=0)
     again = to_doconv(converted, d_mul="2K")
     state, expected = again.state_dict(), converted.state_dict()
     assert state.keys() == expected.keys()
@@ -115,7 +115,7 @@ def test_a_half_converted_model_is_completed() -> None:
     original, x = build_model("residual"), varied_images(2, 3, 32, 32)
     half = to_doconv(original, include=["blocks*"])
     assert not isinstance(half.stem[0], DOConv2d)  # type: ignore[union-attr, index]
-    moved = run(randomise(half, seed=0), x)
+    moved = run(randomize(half, seed=0), x)
     whole = to_doconv(half)
     assert isinstance(whole.stem[0], DOConv2d)  # type: ignore[union-attr, index]
     assert equal(run(whole, x), moved)
@@ -129,7 +129,7 @@ def test_ddp_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
         wrapped = nn.parallel.DistributedDataParallel(net())
         with pytest.raises(DoconvError, match=r"is a DistributedDataParallel already; .*DDP\(to_doconv\(model\)\)"):
             to_doconv(wrapped)
-        moved = nn.parallel.DistributedDataParallel(randomise(to_doconv(net()), seed=0))
+        moved = nn.parallel.DistributedDataParallel(randomize(to_doconv(net()), seed=0))
         moved(varied_images(2, 3, 8, 8)).mean().backward()
         assert all(p.grad is not None for p in moved.parameters())
     finally:
@@ -226,7 +226,7 @@ def test_meta_models_convert_and_load_but_do_not_fold() -> None:
     assert reasons(plan(model)) == reasons(plan(build_model("residual")))
     with pytest.raises(DoconvError, match=r"'stem.0': its tensors are on the meta device and hold no values"):
         fold(converted)
-    trained = randomise(to_doconv(build_model("residual"), d_mul="K+3"), seed=0)
+    trained = randomize(to_doconv(build_model("residual"), d_mul="K+3"), seed=0)
     converted.load_state_dict(trained.state_dict(), assign=True)
     x = varied_images(2, 3, 32, 32)
     assert equal(run(converted, x), run(trained, x))

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import difference, equal, randomise, run, signature, varied_images
+from support import difference, equal, randomize, run, signature, varied_images
 from torch import Tensor, nn
 
 from doconv_convert import fold, plan, to_doconv
@@ -79,7 +79,7 @@ def test_timm_layers(name: str) -> None:
     for example_inputs in (None, (x,)):
         converted = to_doconv(original, example_inputs=example_inputs, d_mul="K+3")
         assert equal(run(converted, x), run(original, x))
-        moved = run(randomise(converted, seed=0), x)
+        moved = run(randomize(converted, seed=0), x)
         assert difference(moved, run(original, x)) > MOVED
         folded = fold(converted)
         assert difference(run(folded, x), moved) <= TOLERANCE

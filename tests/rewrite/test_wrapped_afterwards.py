@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import difference, equal, randomise, run, signature, varied_images
+from support import difference, equal, randomize, run, signature, varied_images
 from torch import Tensor, nn
 from torch.ao.quantization.quantize_fx import prepare_qat_fx
 from torch.nn import functional as F
@@ -48,7 +48,7 @@ def plain_net(kind: str) -> nn.Module:
 
 
 def net(kind: str) -> Any:
-    return randomise(to_doconv(plain_net(kind), d_mul="K+2"), seed=0)
+    return randomize(to_doconv(plain_net(kind), d_mul="K+2"), seed=0)
 
 
 def image() -> Tensor:
@@ -125,7 +125,7 @@ def test_the_fix_works(name: str, kind: str) -> None:
         REFUSED[name][0](folded)
     if "spectral" in name or "prune" in name:
         assert difference(run(folded.train(), image()), before) > MOVED
-    assert {row.reason for row in plan(folded).rows} == {"already parametrised"}
+    assert {row.reason for row in plan(folded).rows} == {"already parametrized"}
 
 
 @both_kinds

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torchvision
-from support import difference, randomise
+from support import difference, randomize
 from torch import Tensor, nn
 from torchvision.models.optical_flow import raft
 
@@ -55,7 +55,7 @@ def test_every_kernel_once_a_forward_and_the_same_gradients(
         torch.manual_seed(0)
         model, loss_of = make()
     model = to_doconv(model.double(), inplace=True).train()
-    randomise(model, 0)
+    randomize(model, 0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(".D"):

@@ -129,7 +129,7 @@ def test_an_optimizer_of_the_original_moves_nothing_of_a_copy(kind: str) -> None
 
 @pytest.mark.parametrize("kind", NETS)
 def test_weight_decay_on_d_alone(kind: str) -> None:
-    """It pulls D towards 0, the plain convolution; `param_groups` sets it apart."""
+    """It pulls D toward 0, the plain convolution; `param_groups` sets it apart."""
     norms = []
     for decay in (0.0, 0.5):
         model = converted(NETS[kind]())

@@ -11,15 +11,15 @@ from torch import nn
 from doconv_convert import to_doconv
 from doconv_convert.artifacts.export import child_process
 from doconv_convert.artifacts.export.job import Flags
-from doconv_convert.artifacts.models import Opened, find_inputs
+from doconv_convert.artifacts.models import SourceModel, find_inputs
 from doconv_convert.artifacts.sources.source import build, parse_source
 from doconv_convert.check.torch_runs import memory
-from doconv_convert.check.torch_runs.memory import give_up, take_back
+from doconv_convert.check.torch_runs.memory import release_weights, restore_weights
 from doconv_convert.rewrite.options import Options
 from doconv_convert.workflows import exports
 from doconv_convert.workflows.fold import fold_and_prove
 from doconv_convert.workflows.fold_result import FoldResult
-from doconv_convert.workflows.rehearsal.randomize import make_lively
+from doconv_convert.workflows.rehearsal.randomize import randomize_and_calibrate
 from doconv_convert.workflows.trained_model import load_trained
 
 NETS = """
@@ -29,13 +29,13 @@ INPUT_SHAPE = (1, 3, 16, 16)
 
 
 class Net(nn.Module):
-    def __init__(self, centre):
+    def __init__(self, center):
         super().__init__()
-        self.centre, self.first, self.second = centre, nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+        self.center, self.first, self.second = center, nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
 
     def forward(self, x):
         x = self.second(self.first(x).relu()).mean((2, 3))
-        return x - x.mean(0) if self.centre else x
+        return x - x.mean(0) if self.center else x
 
 
 def alone():
@@ -51,9 +51,9 @@ def released(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch, **options
     (folder / "nets.py").write_text(NETS)
     source = parse_source(f"{folder / 'nets.py'}:{name}")
     model = to_doconv(build(source))
-    inputs = find_inputs(Opened(model, source), None, None)
+    inputs = find_inputs(SourceModel(model, source), None, None)
     assert inputs is not None
-    make_lively(model, inputs.arguments(4))
+    randomize_and_calibrate(model, inputs.arguments(4))
     write_model(model, folder / "trained.pth")
     loaded = load_trained(folder / "trained.pth", source, Options())
     monkeypatch.setattr(child_process, "Child", ExportsHere)
@@ -65,7 +65,7 @@ def test_a_large_model_is_proven_without_its_weights_in_memory(tmp_path: Path, m
     made, trained = released(tmp_path, "alone", monkeypatch)
     assert made.proof is not None
     assert made.proof.proven
-    assert len(made.proof.reach) == 2
+    assert len(made.proof.sensitivity) == 2
     for model in (trained, made.model):
         assert [tensor.numel() for tensor in model.parameters()] == [0] * len(list(model.parameters()))
 
@@ -103,8 +103,8 @@ def test_weights_given_up_come_back() -> None:
     same, x = to_doconv(model), torch.randn(2, 3, 8, 8)
     same.load_state_dict(model.state_dict())
     before = model.eval()(x)
-    give_up(model)
+    release_weights(model)
     with pytest.raises((RuntimeError, IndexError)):
         model(x)
-    take_back(model, same)
+    restore_weights(model, same)
     assert torch.equal(model(x), before)

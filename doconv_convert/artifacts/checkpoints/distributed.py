@@ -26,7 +26,7 @@ METADATA_FILE = ".metadata"
 
 
 class _Record:
-    """Stands for any class of the metadata: its attributes, or what it was called with, and no behaviour."""
+    """Stands for any class of the metadata: its attributes, or what it was called with, and no behavior."""
 
     def __init__(self, *values: Any) -> None:
         self.values = values

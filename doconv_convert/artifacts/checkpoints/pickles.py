@@ -173,7 +173,7 @@ def _require_real_tensors(loaded: Any, size: int, what: str) -> None:
         if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
             raise DoconvError(f"'{what}' holds a {kind} of layout {tensor.layout}; expected ordinary dense tensors.")
         if tensor.is_meta or tensor.is_quantized:
-            state = "without values (meta)" if tensor.is_meta else "that is quantised"
+            state = "without values (meta)" if tensor.is_meta else "that is quantized"
             raise DoconvError(f"'{what}' holds a tensor {state}; expected ordinary dense tensors with values.")
         total += tensor.numel() * tensor.element_size()
     _require_room("the tensors' shapes", total, _REPEATS * size, what)

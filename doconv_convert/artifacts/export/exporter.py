@@ -27,7 +27,7 @@ from doconv_convert.artifacts.export import onnx_file
 from doconv_convert.artifacts.sources.inputs import forward_names
 from doconv_convert.errors import DoconvError, UsageError
 from doconv_convert.files import check_writable
-from doconv_convert.rewrite.tracing import in_eval
+from doconv_convert.rewrite.tracing import set_eval_mode
 
 Exporter = Literal["dynamo", "torchscript"]
 Axes = dict[int, str]
@@ -275,7 +275,7 @@ def _cannot_export(module: nn.Module, error: BaseException) -> DoconvError:
 def _evaluating(module: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards each module has its own mode again."""
     modes = [(part, part.training) for part in module.modules()]
-    in_eval(module)
+    set_eval_mode(module)
     try:
         yield
     finally:

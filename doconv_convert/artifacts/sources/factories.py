@@ -43,12 +43,12 @@ def call_factory(place: str, factory: str, args: Mapping[str, Any]) -> object:
     if not callable(function) or (hasattr(function, "forward") and not isinstance(function, type)):
         kind = type(function).__name__
         raise DoconvError(f"'{text}' is of type {kind}, expected a function that returns the model")
-    with _leading_path(_search_folder(place)), foreign(text):
+    with _leading_path(_search_folder(place)), user_code(text):
         return function(**args)
 
 
 @contextmanager
-def foreign(text: str) -> Iterator[None]:
+def user_code(text: str) -> Iterator[None]:
     """Around code that is not ours: what it raises, SystemExit too, becomes a DoconvError that names `text`.
 
     What it prints goes to stderr: stdout belongs to our own answers.
@@ -84,7 +84,7 @@ def _import_file(place: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look their module up there
     try:
-        with _leading_path(path.parent), foreign(place):
+        with _leading_path(path.parent), user_code(place):
             spec.loader.exec_module(module)
     except DoconvError:
         del sys.modules[name]
@@ -94,7 +94,7 @@ def _import_file(place: str) -> ModuleType:
 
 def _import_module(place: str) -> ModuleType:
     importlib.invalidate_caches()
-    with _leading_path(Path.cwd()), foreign(place):
+    with _leading_path(Path.cwd()), user_code(place):
         try:
             return importlib.import_module(place)
         except ModuleNotFoundError as error:

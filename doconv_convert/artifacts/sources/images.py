@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from doconv_convert.artifacts.sources import zoos
-from doconv_convert.artifacts.sources.factories import foreign
+from doconv_convert.artifacts.sources.factories import user_code
 from doconv_convert.artifacts.sources.source import Source
 from doconv_convert.errors import DoconvError, UsageError
 
@@ -29,7 +29,7 @@ def read_image(path: Path, source: Source, model: nn.Module) -> Tensor:
         raise DoconvError(
             f"'{path}' cannot be read as an image ({error}); expected a JPEG, PNG or the like."
         ) from error
-    with foreign(f"the preprocessing of {source.text}"):
+    with user_code(f"the preprocessing of {source.text}"):
         sample: Tensor = transform(pixels)
     return sample[None]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from doconv_convert.artifacts.sources.factories import load_module
 from doconv_convert.artifacts.sources.programs import example_shape, placeholders
-from doconv_convert.artifacts.sources.samples import varied
+from doconv_convert.artifacts.sources.samples import fill_batch
 from doconv_convert.artifacts.sources.source import Source
 from doconv_convert.artifacts.sources.zoos import torchvision_family, torchvision_weights
 from doconv_convert.errors import DoconvError, UsageError
@@ -63,13 +63,13 @@ class Inputs:
 
     def tensors(self, batch: int) -> tuple[Tensor, ...]:
         """One tensor an input (a detector: one an image); the user's own samples are filled up to the batch
-        (`varied`)."""
+        (`fill_batch`)."""
         if self.own is None:
             specs = [*self.specs] * batch if self.image_list else self.specs
             return example_inputs(specs, batch, seed=0)
         import torch
 
-        filled = [torch.from_numpy(varied(t.numpy(), batch)) for t in self.own]
+        filled = [torch.from_numpy(fill_batch(t.numpy(), batch)) for t in self.own]
         return tuple(filled[0]) if self.image_list else tuple(filled)
 
     def resized(self, sizes: Sequence[Mapping[int, int]]) -> Inputs:

@@ -55,16 +55,16 @@ def in_order(named: Mapping[str, Any], names: Sequence[str], what: str) -> list[
     return [named[name] for name in names]
 
 
-def varied(samples: Array, batch: int) -> Array:
-    """A batch made of the user's samples. What is missing is made up from them by `shaken`: equal samples could
+def fill_batch(samples: Array, batch: int) -> Array:
+    """A batch made of the user's samples. What is missing is made up from them by `perturbed`: equal samples could
     not show whether the model looks at its input."""
     made = list(samples[:batch])
     for index in range(len(samples), batch):
-        made.append(shaken(samples[index % len(samples)], seed=index))
+        made.append(perturbed(samples[index % len(samples)], seed=index))
     return np.stack(made)
 
 
-def shaken(array: Array, seed: int) -> Array:
+def perturbed(array: Array, seed: int) -> Array:
     """The same sample a little different: with noise, or rolled where it holds no floats."""
     if not np.issubdtype(array.dtype, np.floating):
         return np.roll(array, seed, axis=-1) if array.ndim else array

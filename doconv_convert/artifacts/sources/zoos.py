@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from doconv_convert.artifacts.sources.factories import foreign, nearest
+from doconv_convert.artifacts.sources.factories import nearest, user_code
 from doconv_convert.errors import DoconvError, UsageError
 
 if TYPE_CHECKING:
@@ -92,8 +92,8 @@ def build_torchvision(name: str, variant: str | None, args: Mapping[str, Any], f
         arguments["weights_backbone"] = None
     if fetch and member is not None:
         return _fetched(f"torchvision:{name}", member.name, member.url, lambda: builder(**arguments))
-    with warnings.catch_warnings(), foreign(f"torchvision:{name}"):
-        # googlenet and inception announce a change of their random initialisation
+    with warnings.catch_warnings(), user_code(f"torchvision:{name}"):
+        # googlenet and inception announce a change of their random initialization
         warnings.filterwarnings("ignore", "The default weight initialization", FutureWarning)
         if member is None:
             return builder(**arguments)
@@ -143,13 +143,13 @@ def build_timm(name: str, args: Mapping[str, Any], fetch: bool) -> object:
         place = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
         tag = name.partition(".")[2] or "DEFAULT"
         return _fetched(f"timm:{name}", tag, place, lambda: timm.create_model(name, pretrained=True, **args))
-    with foreign(f"timm:{name}"):
+    with user_code(f"timm:{name}"):
         return timm.create_model(name, pretrained=False, **args)
 
 
 def _fetched(text: str, weights: str, place: str, make: Callable[[], object]) -> object:
     try:
-        with foreign(text):
+        with user_code(text):
             return make()
     except DoconvError as error:
         raise DoconvError(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from doconv_convert.check.certificate.side_file import describe_inputs, describe_outputs, write_reference
 from doconv_convert.check.macs.counting import MacCount
 from doconv_convert.check.onnx_files.model import external_files, onnx_input_shapes
-from doconv_convert.check.outputs.expected import TorchSide
+from doconv_convert.check.outputs.expected import ReferenceRun
 from doconv_convert.check.proof import dynamic_sizes
 from doconv_convert.check.status import Proof, without_nan
 from doconv_convert.errors import CheckFailedError, DoconvError
@@ -58,17 +58,18 @@ def remove_certificate(onnx: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_certificate(onnx: Path, proof: Proof, side: TorchSide, origin: Origin) -> list[Path]:
+def write_certificate(onnx: Path, proof: Proof, reference: ReferenceRun, origin: Origin) -> list[Path]:
     """Write the side file and the certificate of the finished file `onnx`, returned in this order; the same file and
     proof, the same bytes.
 
-    `side` is what the proof compared. Hashes are taken of `onnx` as it is: call this where nobody else writes, and move
-    all of them to their places together. Raises DoconvError where a place cannot be written or the proof does not hold.
+    `reference` is what the proof compared. Hashes are taken of `onnx` as it is: call this where nobody else writes, and
+    move all of them to their places together. Raises DoconvError where a place cannot be written or the proof does not
+    hold.
     """
     if not proof.proven or proof.count is None:
         raise DoconvError(f"'{onnx}' is not proven: no certificate is written.")
-    write_reference(reference_path(onnx), side)
-    content = _content(onnx, proof, proof.count, side, origin)
+    write_reference(reference_path(onnx), reference)
+    content = _content(onnx, proof, proof.count, reference, origin)
     content = {**content, "digest": digest(content)}
     path = certificate_path(onnx)
     with atomic_write(path) as temporary:
@@ -129,10 +130,10 @@ def file_hashes(onnx: Path) -> dict[str, Any]:
     return {"name": onnx.name, "sha256": content_hash(onnx), "external": external}
 
 
-def _content(onnx: Path, proof: Proof, count: MacCount, side: TorchSide, origin: Origin) -> dict[str, Any]:
+def _content(onnx: Path, proof: Proof, count: MacCount, reference: ReferenceRun, origin: Origin) -> dict[str, Any]:
     counted = asdict(count)
     names = list(onnx_input_shapes(onnx))
-    described = describe_outputs([check.name for check in proof.outputs], side)
+    described = describe_outputs([check.name for check in proof.outputs], reference)
     figures = [
         {key: getattr(check, key) for key in ("error", "plain_error", "bound", "largest", "variation", "agreeing")}
         for check in proof.outputs
@@ -151,19 +152,19 @@ def _content(onnx: Path, proof: Proof, count: MacCount, side: TorchSide, origin:
             "macs": {
                 "unit": "MACs",
                 "total": count.total,
-                "dims": dynamic_sizes(onnx, side.inputs),
+                "dims": dynamic_sizes(onnx, reference.inputs),
                 "nodes": counted["nodes"],
                 "uncounted": counted["uncounted"],
                 "assumed": counted["assumed"],
             },
             "outputs": {
                 "reference": {"name": reference_path(onnx).name, "sha256": content_hash(reference_path(onnx))},
-                "samples": side.samples,
-                "inputs": describe_inputs(names, side),
+                "samples": reference.samples,
+                "inputs": describe_inputs(names, reference),
                 "tensors": [{**one, **more} for one, more in zip(described, figures, strict=True)],
-                "detections": [dict(group) for group in side.detections],
+                "detections": [dict(group) for group in reference.detections],
             },
-            "coverage": dict(proof.reach),
+            "coverage": dict(proof.sensitivity),
         }
     )
     return content

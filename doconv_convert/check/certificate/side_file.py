@@ -21,7 +21,7 @@ from doconv_convert.errors import DoconvError
 from doconv_convert.files import atomic_write
 
 if TYPE_CHECKING:
-    from doconv_convert.check.outputs.expected import TorchSide
+    from doconv_convert.check.outputs.expected import ReferenceRun
 
 WHOLE = 1 << 16
 BUCKETS = 1 << 16
@@ -59,7 +59,7 @@ def sketch(array: Array) -> Array:
 
 
 def _mix(index: Array) -> Array:
-    """splitmix64's finaliser: every bit of the index reaches every bit of the result."""
+    """splitmix64's finalizer: every bit of the index reaches every bit of the result."""
     mixed = (index + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -72,20 +72,20 @@ def array_hash(array: Array) -> str:
     return hashlib.sha256(ordered.tobytes()).hexdigest()
 
 
-def write_reference(path: Path, side: TorchSide) -> None:
-    """The side file for `side`; the same values give the same bytes."""
+def write_reference(path: Path, reference: ReferenceRun) -> None:
+    """The side file for `reference`; the same values give the same bytes."""
     arrays: dict[str, Any] = {}
-    if sum(array.nbytes for array in side.inputs) <= INPUT_BYTES:
-        arrays |= {f"input_{index}": array for index, array in enumerate(side.inputs)}
-    whole = _kept_whole(side.truth, side.detections)
-    for index, array in enumerate(side.truth):
+    if sum(array.nbytes for array in reference.inputs) <= INPUT_BYTES:
+        arrays |= {f"input_{index}": array for index, array in enumerate(reference.inputs)}
+    whole = _kept_whole(reference.truth, reference.detections)
+    for index, array in enumerate(reference.truth):
         arrays[f"output_{index}"] = array if index in whole else sketch(array)
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
 
 
-def describe_inputs(names: Sequence[str], side: TorchSide) -> list[dict[str, Any]]:
-    stored = sum(array.nbytes for array in side.inputs) <= INPUT_BYTES
+def describe_inputs(names: Sequence[str], reference: ReferenceRun) -> list[dict[str, Any]]:
+    stored = sum(array.nbytes for array in reference.inputs) <= INPUT_BYTES
     return [
         {
             "name": name,
@@ -94,12 +94,12 @@ def describe_inputs(names: Sequence[str], side: TorchSide) -> list[dict[str, Any
             "sha256": array_hash(array),
             "stored": stored,
         }
-        for name, array in zip(names, side.inputs, strict=True)
+        for name, array in zip(names, reference.inputs, strict=True)
     ]
 
 
-def describe_outputs(names: Sequence[str], side: TorchSide) -> list[dict[str, Any]]:
-    whole = _kept_whole(side.truth, side.detections)
+def describe_outputs(names: Sequence[str], reference: ReferenceRun) -> list[dict[str, Any]]:
+    whole = _kept_whole(reference.truth, reference.detections)
     return [
         {
             "name": name,
@@ -108,7 +108,7 @@ def describe_outputs(names: Sequence[str], side: TorchSide) -> list[dict[str, An
             "norm": float(np.linalg.norm(truth.ravel().astype(np.float64))),
             "kept": "whole" if index in whole else "sketch",
         }
-        for index, (name, truth, plain) in enumerate(zip(names, side.truth, side.plain, strict=True))
+        for index, (name, truth, plain) in enumerate(zip(names, reference.truth, reference.plain, strict=True))
     ]
 
 

@@ -114,19 +114,19 @@ def _macs(candidate: Path, expected: Mapping[str, Any], proof: Proof) -> Status:
 
 
 def _outputs(candidate: Path, certificate: Path, expected: Mapping[str, Any], samples: Path | None) -> Status:
-    """onnxruntime against the float64 outputs, to the proof's own bound, with optimisations on and off."""
+    """onnxruntime against the float64 outputs, to the proof's own bound, with optimizations on and off."""
     arrays = read_arrays(_beside(certificate, expected))
     inputs = _inputs(arrays, expected["inputs"], samples)
     outputs = [_expected(one, arrays[f"output_{index}"]) for index, one in enumerate(expected["tensors"])]
 
     def compare(precise: bool, floor: float) -> tuple[Status, None]:
         problems, worst = [], (0.0, 0.0)
-        for optimise in (True, False):
-            session = OnnxSession(candidate, optimise=optimise, precise=precise)
+        for optimize in (True, False):
+            session = OnnxSession(candidate, optimize=optimize, precise=precise)
             if session.outputs != [one.name for one in outputs]:
                 detail = f"outputs are named {session.outputs}, not as in the certificate"
                 return Status("outputs", "failed", detail), None
-            how = "" if optimise else ", with optimisations off"
+            how = "" if optimize else ", with optimizations off"
             for name, error, bound, problem in compare_with(
                 outputs, session.run(inputs), expected["detections"], floor
             ):
@@ -138,7 +138,7 @@ def _outputs(candidate: Path, certificate: Path, expected: Mapping[str, Any], sa
             told = "other than the certificate's float64 outputs"
             return Status("outputs", "failed", told, tuple(problems)), None
         compared = f"{counted(len(outputs), 'output')}, {counted(expected['samples'], 'sample')}"
-        detail = f"{compared}: relative error {worst[0]:.1e} (tolerance {worst[1]:.1e}); optimisations on and off"
+        detail = f"{compared}: relative error {worst[0]:.1e} (tolerance {worst[1]:.1e}); optimizations on and off"
         return Status("outputs", "passed", detail), None
 
     return retry_in_float64(compare)[0]

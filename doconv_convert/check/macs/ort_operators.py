@@ -1,7 +1,7 @@
 """onnxruntime's own operators (domain com.microsoft), which ONNX's shape inference does not know: the shapes of
 their outputs, and the MACs of those that multiply.
 
-Quantised files and files that onnxruntime has optimised are full of them. One that is not in `CONTRIB` is unknown:
+Quantized files and files that onnxruntime has optimized are full of them. One that is not in `CONTRIB` is unknown:
 it is reported as uncounted, and so is what follows from its outputs.
 """
 
@@ -148,7 +148,7 @@ def _reduce_mean(node: onnx.NodeProto, shape: ShapeOf) -> Sequence[Shape]:
 
 
 def _skip_norm(_: onnx.NodeProto, shape: ShapeOf) -> Sequence[Shape | None]:
-    """The normalised sum, two statistics, and the sum itself."""
+    """The normalized sum, two statistics, and the sum itself."""
     return [shape(0), None, None, shape(0)]
 
 
@@ -288,6 +288,6 @@ _MICROSOFT = {
 
 CONTRIB = {
     **{f"com.microsoft.{op}": contrib for op, contrib in _MICROSOFT.items()},
-    # onnxruntime's optimiser writes it into the standard domain
+    # onnxruntime's optimizer writes it into the standard domain
     "SimplifiedLayerNormalization": Contrib(_like(0)),
 }

@@ -35,7 +35,7 @@ NOT_COUNTED = frozenset(
     Bernoulli Multinomial RandomNormal RandomNormalLike RandomUniform RandomUniformLike
     """.split()  # noqa: SIM905 - a list of strings would take a line each
 )
-"""No MACs by convention: elementwise; reductions, normalisation, pooling, resizing; moving data; random."""
+"""No MACs by convention: elementwise; reductions, normalization, pooling, resizing; moving data; random."""
 
 RANDOM = frozenset(op for op in NOT_COUNTED if op.startswith(("Bernoulli", "Multinomial", "Random")))
 

@@ -18,7 +18,7 @@ from doconv_convert.errors import DoconvError
 Array = npt.NDArray[Any]
 
 # Over 19 torchvision networks with random batch-norm statistics onnxruntime was off by 0.37 to 1.39 times what
-# fp32 torch was off (optimisations on or off), over 13 lively ones by 0.53 to 1.25.
+# fp32 torch was off (optimizations on or off), over 13 randomized ones by 0.53 to 1.25.
 FACTOR = 4.0
 # Where fp32 torch happens to be nearly exact (a few layers), its own error says too little: 8 epsilon of fp32.
 FLOOR = 8 * 2.0**-23
@@ -29,7 +29,7 @@ CEILING = 1e-3
 ONNX_BOUND = 1024 * 2.0**-23
 # A kernel counts as covered where a change of 1e-3 in it is predicted to move an output by more than so many bounds.
 # The real movement was at least 0.59 times the predicted one over 440 kernels of 13 networks (docs/mutations.md).
-SEEN = 1.75
+COVERED_ABOVE = 1.75
 
 
 @dataclass(frozen=True)

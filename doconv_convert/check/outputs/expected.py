@@ -19,22 +19,22 @@ class FoldRun:
 
 
 @dataclass(frozen=True)
-class TorchSide:
+class ReferenceRun:
     """What torch says about the inputs: float64 outputs of the trained model, fp32 outputs of the plain one, the batch,
     and per kernel how far a change of 1e-3 would move them (in units of their bounds).
 
     `detections` are the outputs that belong together (`detection_groups`). `alone` runs the first n samples in
-    float64, by themselves; `alone_is_cheap` unless it reads the weights again. `flat` are unseen kernels whose gradient
-    is cut or zero, with what changes of their own size tell of them (`coverage.why_flat`). `fold` is what was seen of
-    the fold itself."""
+    float64, by themselves; `alone_is_cheap` unless it reads the weights again. `uncovered_reason` are unseen kernels
+    whose gradient is cut or zero, with what changes of their own size tell of them (`coverage.why_uncovered`). `fold`
+    is what was seen of the fold itself."""
 
     inputs: Sequence[Array]
     truth: Sequence[Array]
     plain: Sequence[Array]
     samples: int
-    reach: Mapping[str, float | None]
+    sensitivity: Mapping[str, float | None]
     detections: Sequence[Mapping[str, int]] = ()
     alone: Callable[[int], Sequence[Array]] | None = None
     alone_is_cheap: bool = True
-    flat: Mapping[str, str] = field(default_factory=dict)
+    uncovered_reason: Mapping[str, str] = field(default_factory=dict)
     fold: FoldRun | None = None

@@ -1,4 +1,4 @@
-"""The outputs once more: with onnxruntime's optimisations off, and at smaller batches than the one compared first.
+"""The outputs once more: with onnxruntime's optimizations off, and at smaller batches than the one compared first.
 
 The truth at a smaller batch is the leading samples of the one at hand. Only where they do not fit is the model
 itself asked: samples that influence each other are no fault of the file.
@@ -17,46 +17,46 @@ from doconv_convert.check.outputs.session import OnnxSession
 from doconv_convert.errors import DoconvError
 
 if TYPE_CHECKING:
-    from doconv_convert.check.outputs.expected import TorchSide
+    from doconv_convert.check.outputs.expected import ReferenceRun
 
 BATCHES = (1, 2)
 
 
 def other_runs(
-    session: OnnxSession, side: TorchSide, checks: Sequence[OutputCheck], floor: float = FLOOR
+    session: OnnxSession, reference: ReferenceRun, checks: Sequence[OutputCheck], floor: float = FLOOR
 ) -> tuple[list[str], str]:
     """What went wrong, and a sentence on what was run. `checks` are those of the whole batch in `session`."""
-    plain = OnnxSession(session.path, optimise=False, precise=session.precise)
-    got = in_order_of(side.truth, plain.run(side.inputs), side.detections)
-    again = compare_outputs(plain.outputs, side.truth, side.plain, got, side.samples, floor)
-    problems = [f"'{check.name}' {check.problem}, with optimisations off" for check in again if not check.ok]
-    said = "optimisations on and off"
-    batches = [batch for batch in BATCHES if batch < side.samples and session.dynamic_batch]
+    plain = OnnxSession(session.path, optimize=False, precise=session.precise)
+    got = in_order_of(reference.truth, plain.run(reference.inputs), reference.detections)
+    again = compare_outputs(plain.outputs, reference.truth, reference.plain, got, reference.samples, floor)
+    problems = [f"'{check.name}' {check.problem}, with optimizations off" for check in again if not check.ok]
+    said = "optimizations on and off"
+    batches = [batch for batch in BATCHES if batch < reference.samples and session.dynamic_batch]
     notes = set()
     for batch in batches:
-        found, note = _at_batch(batch, session, side, checks)
+        found, note = _at_batch(batch, session, reference, checks)
         problems += [f"{problem}, at batch {batch}" for problem in found]
         notes.update(note)
     if batches:
-        said += f", batches of {', '.join(map(str, [*batches, side.samples]))}"
+        said += f", batches of {', '.join(map(str, [*batches, reference.samples]))}"
     return problems, "; ".join([said, *sorted(notes)])
 
 
 def _at_batch(
-    batch: int, session: OnnxSession, side: TorchSide, checks: Sequence[OutputCheck]
+    batch: int, session: OnnxSession, reference: ReferenceRun, checks: Sequence[OutputCheck]
 ) -> tuple[list[str], list[str]]:
     problems = []
     try:
-        got: Sequence[Array] | None = session.run(leading(side.inputs, batch, side.samples))
+        got: Sequence[Array] | None = session.run(leading(reference.inputs, batch, reference.samples))
     except DoconvError as error:
         got, problems = None, [str(error)]
     if got is not None:
-        problems = _differences(leading(side.truth, batch, side.samples), got, side.truth, checks)
+        problems = _differences(leading(reference.truth, batch, reference.samples), got, reference.truth, checks)
     # a batch of one may run another way through the model: its own run is the truth where it costs little
-    if side.alone is None or not (problems or (batch == 1 and side.alone_is_cheap)):
+    if reference.alone is None or not (problems or (batch == 1 and reference.alone_is_cheap)):
         return problems, []
     try:
-        exact = side.alone(batch)
+        exact = reference.alone(batch)
     except DoconvError:
         return [], [f"the model itself does not run at batch {batch}"]
     own = problems if got is None else _differences(exact, got, exact, checks)

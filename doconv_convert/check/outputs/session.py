@@ -26,7 +26,7 @@ class OnnxSession:
     Raises DoconvError where it cannot be loaded, or `run` cannot run it.
     """
 
-    def __init__(self, path: Path, *, optimise: bool = True, precise: bool = False) -> None:
+    def __init__(self, path: Path, *, optimize: bool = True, precise: bool = False) -> None:
         import onnxruntime
 
         onnxruntime.set_default_logger_severity(4)
@@ -34,7 +34,7 @@ class OnnxSession:
         options = onnxruntime.SessionOptions()
         # Waiting threads would take the cores from the exports and rehearsals that run beside this.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if not optimise:
+        if not optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         model: str | bytes = str(path)
         if precise:

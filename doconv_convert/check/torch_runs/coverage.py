@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from doconv_convert.check.outputs.compare import SEEN
+from doconv_convert.check.outputs.compare import COVERED_ABOVE
 
 RELATIVE_CHANGE = 1e-3
 TRIES = 3
@@ -25,12 +25,14 @@ DECIDES, UNUSED = "it only decides what is shown", "no output depends on it"
 
 
 Reach = Mapping[str, float | None]
-"""Per kernel how far a change of 1e-3 would move the outputs, in units of their bounds: above SEEN it is seen.
+"""Per kernel how far a change of 1e-3 would move the outputs, in units of their bounds: above COVERED_ABOVE it is seen.
 None: no gradient reaches it; in a proof, it is not even read in eval mode (it only runs in training)."""
 
 
-def sensitivity(outputs: Sequence[Tensor], absolute_bounds: Sequence[float], kernels: Mapping[str, Tensor]) -> Reach:
-    """The reach of `kernels` (leaf tensors with gradients) by float `outputs` computed from them.
+def measure_sensitivity(
+    outputs: Sequence[Tensor], absolute_bounds: Sequence[float], kernels: Mapping[str, Tensor]
+) -> Reach:
+    """The sensitivity of `kernels` (leaf tensors with gradients) by float `outputs` computed from them.
 
     `absolute_bounds` is, per output, the L2 distance that its comparison allows.
     """
@@ -94,13 +96,13 @@ def least_perturbation(change: Callable[[int], float | None]) -> float | None:
     return least
 
 
-def why_flat(change: Callable[[int], float | None]) -> str | None:
+def why_uncovered(change: Callable[[int], float | None]) -> str | None:
     """What changes of a kernel's own size tell of one whose gradient is cut or zero: DECIDES where one of them shows,
     UNUSED where none moves anything, None where they move the outputs too little."""
     moved = [change(seed) for seed in range(TRIES)]
     if all(one is None for one in moved):
         return UNUSED
-    return DECIDES if any(one is not None and one > SEEN for one in moved) else None
+    return DECIDES if any(one is not None and one > COVERED_ABOVE for one in moved) else None
 
 
 def kernels_read(run: Callable[[], object], kernels: Mapping[str, Tensor]) -> set[str]:

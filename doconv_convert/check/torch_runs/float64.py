@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from doconv_convert.errors import DoconvError, UsageError
 from doconv_convert.rewrite.observe import run_model
-from doconv_convert.rewrite.tracing import in_eval, undisturbed
+from doconv_convert.rewrite.tracing import set_eval_mode, undisturbed
 
 
 def run_float64(model: nn.Module, inputs: Any) -> list[Tensor]:
@@ -42,7 +42,7 @@ def float64_runs(model: nn.Module, inputs: Any, runs: int = 1) -> Runs:
     buffers = [(buffer, buffer.data.clone()) for buffer in model.buffers()]  # a forward may write into these
     try:
         with torch.no_grad(), undisturbed(model), _float64_by_default(), _WidenFloats():
-            in_eval(model)
+            set_eval_mode(model)
             before = _random_states()
             outputs = [run_model(model, tree_map(widen, inputs)) for _ in range(runs)]
             return Runs(outputs, tuple(name for name, state in _random_states().items() if state != before[name]))

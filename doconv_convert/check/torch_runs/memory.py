@@ -17,7 +17,7 @@ def is_large(model: nn.Module) -> bool:
     return sum(p.numel() * p.element_size() for p in model.parameters()) >= LARGE
 
 
-def give_up(*models: nn.Module) -> None:
+def release_weights(*models: nn.Module) -> None:
     """Frees the memory of the models' values, whoever still holds the models, for other processes."""
     for model in models:
         for tensor in chain(model.parameters(), model.buffers()):
@@ -25,7 +25,7 @@ def give_up(*models: nn.Module) -> None:
     return_freed()
 
 
-def take_back(model: nn.Module, same: nn.Module) -> None:
+def restore_weights(model: nn.Module, same: nn.Module) -> None:
     """Values for a model that gave its own up, from one built alike."""
     for mine, its in zip(
         chain(model.parameters(), model.buffers()), chain(same.parameters(), same.buffers()), strict=True

@@ -14,26 +14,26 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from doconv_convert.artifacts.checkpoints.recipe import recipe_sites
 from doconv_convert.artifacts.sources.inputs import Inputs, InputSpec, forward_names
-from doconv_convert.check.outputs.compare import SEEN, bound_for, relative_error
+from doconv_convert.check.outputs.compare import COVERED_ABOVE, bound_for, relative_error
 from doconv_convert.check.outputs.detections import detection_groups, in_order_of
-from doconv_convert.check.outputs.expected import FoldRun, TorchSide
+from doconv_convert.check.outputs.expected import FoldRun, ReferenceRun
 from doconv_convert.check.torch_runs.coverage import (
     kernels_read,
     least_perturbation,
+    measure_sensitivity,
     perturbation,
-    sensitivity,
-    why_flat,
+    why_uncovered,
 )
 from doconv_convert.check.torch_runs.device import full_precision, to_device
 from doconv_convert.check.torch_runs.float64 import output_tensors, run_float64, run_inputs
-from doconv_convert.check.torch_runs.memory import give_up, return_freed
+from doconv_convert.check.torch_runs.memory import release_weights, return_freed
 from doconv_convert.check.torch_runs.same_function import Float64Runs, run_in_float64
 from doconv_convert.errors import DoconvError, UsageError
 from doconv_convert.rewrite.discover import discover
 from doconv_convert.rewrite.foreign.authors import authors_sites
 from doconv_convert.rewrite.observe import run_model
 from doconv_convert.rewrite.sites import site_name
-from doconv_convert.rewrite.tracing import in_eval
+from doconv_convert.rewrite.tracing import set_eval_mode
 
 _CPU = torch.device("cpu")
 # Sizes that the proof tries in a dynamic dimension's place, the second where the model does not run at the first:
@@ -44,7 +44,7 @@ _GROWTH: tuple[Callable[[int, int], int], ...] = (
 )
 
 
-def torch_side(
+def reference_run(
     trained: nn.Module,
     folded: nn.Module,
     inputs: Any,
@@ -53,7 +53,7 @@ def torch_side(
     *,
     constant_kernels: bool = False,
     spend: bool = False,
-) -> TorchSide:
+) -> ReferenceRun:
     """Run both models on the same inputs (a tuple of positional arguments), in eval mode on the device.
 
     `trained` is the unfolded model, `folded` the plain one that `fold` made of it, with `constant_kernels` or without.
@@ -62,12 +62,12 @@ def torch_side(
     outputs are known.
     """
     with full_precision():
-        models = trained.to(device), in_eval(folded).to(device)
+        models = trained.to(device), set_eval_mode(folded).to(device)
         runs = _run_both(*models, to_device(inputs, device), samples, constant_kernels, spend)
-        return runs.side() if runs.random else _with_coverage(models[1], runs)
+        return runs.reference() if runs.random else _with_coverage(models[1], runs)
 
 
-def resized_side(
+def resized_reference_run(
     trained: nn.Module,
     folded: nn.Module,
     inputs: Inputs,
@@ -77,8 +77,8 @@ def resized_side(
     device: torch.device = _CPU,
     *,
     constant_kernels: bool = False,
-) -> TorchSide | None:
-    """As `torch_side`, without the kernels' sensitivity, at another size of every dimension in `dynamic` (the ONNX
+) -> ReferenceRun | None:
+    """As `reference_run`, without the kernels' sensitivity, at another size of every dimension in `dynamic` (the ONNX
     inputs are called `names`); None where only the batch is dynamic. Raises UsageError where the model does not run.
     """
     names = names or forward_names(folded, len(inputs.specs))
@@ -90,8 +90,8 @@ def resized_side(
         try:
             with full_precision(), torch.no_grad():
                 arguments = to_device(inputs.resized(sizes).arguments(samples), device)
-                models = trained.to(device), in_eval(folded).to(device)
-                return _run_both(*models, arguments, samples, constant_kernels).side()
+                models = trained.to(device), set_eval_mode(folded).to(device)
+                return _run_both(*models, arguments, samples, constant_kernels).reference()
         except DoconvError as error:
             refused = error
     asked = ", ".join(sorted({dimension for axes in dynamic.values() for dimension in axes.values()}))
@@ -137,14 +137,14 @@ class _Runs:
     def random(self) -> bool:
         return self.function.random is not None
 
-    def side(self) -> TorchSide:
+    def reference(self) -> ReferenceRun:
         inputs = [_array(leaf) for leaf in tree_leaves(self.inputs) if isinstance(leaf, Tensor)]
         truth = [_array(t) for t in self.truth]
         plain = in_order_of(truth, [_array(p) for p in self.plain], self.detections)
         alone = partial(_alone, self.folded, self.inputs, self.samples)
         found = self.function
         fold = FoldRun(found.error, found.random, found.findings)
-        return TorchSide(inputs, truth, plain, self.samples, {}, self.detections, alone, fold=fold)
+        return ReferenceRun(inputs, truth, plain, self.samples, {}, self.detections, alone, fold=fold)
 
 
 def _alone(folded: nn.Module, inputs: Any, samples: int, count: int) -> list[Any]:
@@ -172,7 +172,7 @@ def _run_both(
             run_inputs(folded.float(), narrow)  # inputs that the model does not run on at all are the better reason
         raise
     if spend:
-        give_up(trained)
+        release_weights(trained)
     return_freed()
     kernels = _float32_kernels(folded, paths)
     truth = run_float64(folded, narrow) if half else function.truth
@@ -190,11 +190,11 @@ def _array(tensor: Tensor) -> Any:
     return tensor.detach().cpu().numpy()
 
 
-def _with_coverage(folded: nn.Module, runs: _Runs) -> TorchSide:
-    side, kernels = runs.side(), runs.kernels
+def _with_coverage(folded: nn.Module, runs: _Runs) -> ReferenceRun:
+    reference, kernels = runs.reference(), runs.kernels
     bounds = {
         index: bound_for(relative_error(plain, truth)) * float(np.linalg.norm(truth.ravel()))
-        for index, (plain, truth) in enumerate(zip(side.plain, side.truth, strict=True))
+        for index, (plain, truth) in enumerate(zip(reference.plain, reference.truth, strict=True))
         if np.issubdtype(plain.dtype, np.floating) and plain.shape == truth.shape
     }
 
@@ -202,20 +202,27 @@ def _with_coverage(folded: nn.Module, runs: _Runs) -> TorchSide:
         return output_tensors(run_model(folded, runs.inputs))
 
     def compared() -> list[Tensor]:
-        outputs = in_order_of(side.plain, [_array(t) for t in run()], side.detections)
+        outputs = in_order_of(reference.plain, [_array(t) for t in run()], reference.detections)
         return [torch.from_numpy(outputs[index]) for index in bounds]
 
-    reach = dict(sensitivity([runs.plain[index] for index in bounds], list(bounds.values()), kernels))
-    flat = [name for name in kernels if not reach[name]]  # a gradient that is cut or zero shows nothing
-    before = [torch.from_numpy(side.plain[index]) for index in bounds]
+    sensitivity = dict(measure_sensitivity([runs.plain[index] for index in bounds], list(bounds.values()), kernels))
+    # a gradient that is cut or zero shows nothing
+    without_gradient = [name for name in kernels if not sensitivity[name]]
+    before = [torch.from_numpy(reference.plain[index]) for index in bounds]
     moved_by = partial(perturbation, compared, before, list(bounds.values()))
-    reach |= {name: least_perturbation(partial(moved_by, kernels[name])) for name in flat}
-    unmoved = {name: kernel for name, kernel in kernels.items() if reach[name] is None}
+    sensitivity |= {name: least_perturbation(partial(moved_by, kernels[name])) for name in without_gradient}
+    unmoved = {name: kernel for name, kernel in kernels.items() if sensitivity[name] is None}
     if unmoved:
-        reach |= dict.fromkeys(kernels_read(run, unmoved), 0.0)
-    hidden = [name for name in flat if (value := reach[name]) is not None and not value > SEEN]
-    reasons = {name: why_flat(partial(moved_by, kernels[name], change=1.0)) for name in hidden}
-    return replace(side, reach=reach, flat={name: reason for name, reason in reasons.items() if reason is not None})
+        sensitivity |= dict.fromkeys(kernels_read(run, unmoved), 0.0)
+    hidden = [
+        name for name in without_gradient if (value := sensitivity[name]) is not None and not value > COVERED_ABOVE
+    ]
+    reasons = {name: why_uncovered(partial(moved_by, kernels[name], change=1.0)) for name in hidden}
+    return replace(
+        reference,
+        sensitivity=sensitivity,
+        uncovered_reason={name: reason for name, reason in reasons.items() if reason is not None},
+    )
 
 
 def _kernel_paths(folded: nn.Module, trained: nn.Module) -> list[tuple[str, str]]:

@@ -256,9 +256,9 @@ _MOVED = (
 def _layer_pictures(rows: Sequence[Json]) -> list[Picture]:
     known = [one for one in (*_COSTS, *_MOVED) if any(row.get(one[0]) is not None for row in rows)]
     pictures = [_picture("layers", *one, rows) for one in known]
-    reach = [row.get("reach") for row in rows]
-    if any(value is not None for value in reach):
-        pictures.append(_coverage(rows, reach))
+    sensitivity = [row.get("sensitivity") for row in rows]
+    if any(value is not None for value in sensitivity):
+        pictures.append(_coverage(rows, sensitivity))
     return pictures
 
 
@@ -269,19 +269,19 @@ def _picture(table: str, key: str, title: str, text: str, unit: str, rows: Seque
     return Picture(table, key, title, text, bars, "0", f"{short(bars.high)} {unit}".strip(), largest)
 
 
-def _coverage(rows: Sequence[Json], reach: Sequence[float | None]) -> Picture:
-    from doconv_convert.check.outputs.compare import SEEN
+def _coverage(rows: Sequence[Json], sensitivity: Sequence[float | None]) -> Picture:
+    from doconv_convert.check.outputs.compare import COVERED_ABOVE
 
-    bars = log_bars(reach, SEEN)
-    seen = sum(value is not None and value > SEEN for value in reach)
+    bars = log_bars(sensitivity, COVERED_ABOVE)
+    seen = sum(value is not None and value > COVERED_ABOVE for value in sensitivity)
     text = (
         f"How far a relative change of 1e-3 in a kernel would move the outputs, in units of their bounds, on a "
-        f"logarithmic scale. Above the line at {SEEN} it would have shown: {seen} of "
-        f"{sum(value is not None for value in reach)} kernels. The others rest on the per-site fold check and equal "
-        "initializer bytes."
+        f"logarithmic scale. Above the line at {COVERED_ABOVE} it would have shown: {seen} of "
+        f"{sum(value is not None for value in sensitivity)} kernels. The others rest on the per-site fold check and "
+        "equal initializer bytes."
     )
-    least = _extremes(rows, "reach", largest=False)
-    return Picture("layers", "reach", "Coverage", text, bars, short(bars.low), short(bars.high), least)
+    least = _extremes(rows, "sensitivity", largest=False)
+    return Picture("layers", "sensitivity", "Coverage", text, bars, short(bars.low), short(bars.high), least)
 
 
 def _extremes(rows: Iterable[Json], key: str, *, largest: bool) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Cell:
-    """A text; its state, which has a colour; and a share of one that is drawn as a bar."""
+    """A text; its state, which has a color; and a share of one that is drawn as a bar."""
 
     text: str
     state: str = ""
@@ -62,16 +62,16 @@ _LAYER_COLUMNS = (
     Column("composition_macs", "MACs to compose", _number),
     Column("d_moved", "D moved", _number),
     Column("kernel_changed", "kernel changed", _number),
-    Column("reach", "coverage", _number),
+    Column("sensitivity", "coverage", _number),
     Column("action", "action", _text, number=False),
 )
 
 
 def layer_rows(layers: Sequence[Json] | None, proof: Json) -> list[Row]:
     """The layers with their coverage; kernels that only the coverage knows come last."""
-    reach = dict(proof.get("reach", {}))
-    rows = [{**layer, "reach": reach.pop(layer["name"], None)} for layer in layers or ()]
-    return [*rows, *({"name": name, "reach": value} for name, value in reach.items())]
+    sensitivity = dict(proof.get("sensitivity", {}))
+    rows = [{**layer, "sensitivity": sensitivity.pop(layer["name"], None)} for layer in layers or ()]
+    return [*rows, *({"name": name, "sensitivity": value} for name, value in sensitivity.items())]
 
 
 def layer_table(rows: Sequence[Json]) -> Table | None:
@@ -162,16 +162,16 @@ def matrix(models: Sequence[Json]) -> tuple[Table, list[Row]]:
 
 
 def _sums(model: Json) -> Row:
-    from doconv_convert.check.outputs.compare import SEEN
+    from doconv_convert.check.outputs.compare import COVERED_ABOVE
 
     proof, layers = model["proof"] or {}, model.get("layers") or ()
-    reach = proof.get("reach", {})
-    seen = sum(value is not None and value > SEEN for value in reach.values())
+    sensitivity = proof.get("sensitivity", {})
+    seen = sum(value is not None and value > COVERED_ABOVE for value in sensitivity.values())
     stopped = [step["detail"] for step in model["steps"] if step["state"] != "passed"]
     batch = "dynamic" if model["dynamic_batch"] else "static"
     return {
         "name": model["source"],
-        "seen": f"{seen} of {len(reach)}" if reach else "-",
+        "seen": f"{seen} of {len(sensitivity)}" if sensitivity else "-",
         "macs": proof.get("macs") or total(layers, "macs"),
         "added_parameters": total(layers, "added_parameters"),
         "seconds": sum(step["seconds"] for step in model["steps"]),

@@ -127,7 +127,7 @@ def install_authors(
     plain = module._parameters.get(kernel)
     if plain is None or parametrize.is_parametrized(module):
         raise DoconvError(
-            f"a {type(module).__name__} of the model is parametrised already, so a foreign '{kernel}' has no place in "
+            f"a {type(module).__name__} of the model is parametrized already, so a foreign '{kernel}' has no place in "
             "it; take that off first."
         )
     order, size, wanted = list(module._parameters), plain.shape[2:], plain.requires_grad

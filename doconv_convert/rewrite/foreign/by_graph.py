@@ -52,7 +52,7 @@ class Foreign:
 def find_foreign(model: nn.Module, constant_kernels: bool) -> list[Foreign]:
     """Every layer whose convolution kernel its own class computes, folded or declined with the reason.
 
-    Conv subclasses and parametrised kernels (weight norm, weight standardisation) only with `constant_kernels`.
+    Conv subclasses and parametrized kernels (weight norm, weight standardization) only with `constant_kernels`.
     """
     found = []
     for path, module in model.named_modules():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from doconv_convert.errors import CheckFailedError
 from doconv_convert.nn.factors import StoredKernel
-from doconv_convert.nn.layers import exact, fold_kernel
+from doconv_convert.nn.layers import fold_kernel, to_float64_cpu
 from doconv_convert.rewrite.convert import convert, copy_model, require_sites
 from doconv_convert.rewrite.discover import discover
 from doconv_convert.rewrite.fold_kernels import FOLD_TOLERANCE, relative_distance
@@ -115,12 +115,12 @@ def _our_factors(site: AuthorsSite) -> OurFactors | None:
     w, composed = site.factors
     if composed.D is None or composed.identity is None:
         return None
-    w, d, identity = map(exact, (w, composed.D, composed.identity))
+    w, d, identity = map(to_float64_cpu, (w, composed.D, composed.identity))
     positions, d_mul, groups = d.shape[1], d.shape[2], d.shape[0] // w.shape[1]
     if d_mul < positions or not pairing_is_ours(w.shape[0], groups):
         return None
     if composed.mul is not None:
-        w = w * exact(composed.mul)
+        w = w * to_float64_cpu(composed.mul)
     residual = d + (identity - torch.eye(positions, d_mul, dtype=torch.float64))
     weight = w[..., :positions].reshape(*w.shape[:2], *composed.size)
     return OurFactors(weight, residual, w[..., positions:] if d_mul > positions else None, groups)

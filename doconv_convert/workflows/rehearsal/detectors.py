@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from doconv_convert.artifacts.sources.inputs import DETECTION_SIZE
 from doconv_convert.artifacts.sources.source import Source
 from doconv_convert.rewrite.observe import run_model
-from doconv_convert.rewrite.tracing import in_eval
+from doconv_convert.rewrite.tracing import set_eval_mode
 from doconv_convert.workflows.rehearsal.rescale import Factor, Rescale, rescaling, to_deviation
 
 LOGITS, SIGMOID_LOGITS, DELTAS, LEVEL_DELTAS = 1.5, 0.4, 0.5, 3.0
@@ -66,7 +66,7 @@ def draw_heads(model: nn.Module, inputs: Any, generator: torch.Generator) -> Non
         if factor is not None and layer is not None:
             hooks[layer] = Rescale(factor, generator)
     with rescaling(hooks):
-        run_model(in_eval(model), inputs)
+        run_model(set_eval_mode(model), inputs)
 
 
 def _to_show(classes: int, count: int) -> Factor:

@@ -1,4 +1,4 @@
-"""Making a network lively: so that its outputs depend on the image and on every kernel.
+"""Randomizing and calibrating a network, so that its outputs depend on the image and on every kernel.
 
 A fresh network hides faults: its batch-norm statistics are not those of its activations, layer scales and
 residual branches start near zero, heads at zero. Independently drawn statistics are worse: they make the
@@ -25,7 +25,7 @@ from doconv_convert.check.torch_runs.exact_start import run_in_eval
 from doconv_convert.errors import DoconvError
 from doconv_convert.nn.factors import StoredKernel
 from doconv_convert.rewrite.observe import run_model
-from doconv_convert.rewrite.tracing import in_eval
+from doconv_convert.rewrite.tracing import set_eval_mode
 from doconv_convert.workflows.rehearsal.rescale import Rescale, rescaling, to_deviation
 
 JITTER = 0.05
@@ -40,14 +40,14 @@ SHIFT = 0.5
 # Of the mean over a norm's channels.
 LEAST_VARIANCE = 0.05
 # Samples of one batch must differ by more than this part of the output's scale.
-LIVELY = 1e-2
+LEAST_SPREAD = 1e-2
 # What is given a standard deviation.
 _LAYERS = (_ConvNd, nn.Linear)
 # A parameter tensor that is constant and below this is a switched-off scale (layer scale, zero-init residual).
 _OFF = 1e-3
 
 
-class DullError(DoconvError):
+class UninformativeWeightsError(DoconvError):
     """Random weights that show too little, where others may show more; `seen` are the kernels that do show."""
 
     def __init__(self, message: str, seen: Iterable[str] = ()) -> None:
@@ -55,10 +55,10 @@ class DullError(DoconvError):
         self.seen = frozenset(seen)
 
 
-def make_lively(
+def randomize_and_calibrate(
     model: nn.Module, inputs: Any, seed: int = 0, calls: Mapping[nn.Module, int] | None = None, *, draw: int = 0
 ) -> None:
-    """Randomise a converted `model` in place, calibrated on `inputs` (a varied batch of 3 or more). `calls` says how
+    """Randomize a converted `model` in place, calibrated on `inputs` (a varied batch of 3 or more). `calls` says how
     often a forward calls each module; where it is not known, one is run. Each `draw` has other numbers, and odd ones
     have SHIFT in the convolutions' biases: for norms that follow activations (ConvMixer) or are summed (RepVGG).
 
@@ -67,7 +67,7 @@ def make_lively(
     """
     generator = torch.Generator().manual_seed(seed + 1_000_003 * draw)
     with torch.no_grad():
-        randomise_factors(model, generator)
+        randomize_factors(model, generator)
         _switch_on(model, generator)
         for layer in [m for m in model.modules() if isinstance(m, _ConvNd)] if draw % 2 else _batch_norms(model):
             if layer.bias is not None:
@@ -81,10 +81,10 @@ def use_every_parameter(model: nn.Module, inputs: Inputs) -> None:
     """Values as after a training: of fresh ones the exporter drops zero biases and merges equal weights."""
     arguments = inputs.arguments(inputs.proof_batch, like=model)
     run_in_eval(model, arguments)  # wrong inputs are refused here, in words
-    make_lively(model, arguments)
+    randomize_and_calibrate(model, arguments)
 
 
-def randomise_factors(model: nn.Module, generator: torch.Generator) -> None:
+def randomize_factors(model: nn.Module, generator: torch.Generator) -> None:
     """D ~ N(0, 1/K); weight_extra ~ N(0, 1/fan_in)."""
     with torch.no_grad():
         for d, extra in trained_factors(model):
@@ -129,13 +129,14 @@ def sample_spread(outputs: list[Tensor], samples: int) -> float:
     return max(spreads)
 
 
-def require_lively(name: str, outputs: list[Tensor], samples: int) -> float:
-    """The spread of a model's outputs over the samples. Raises DullError where it is not above LIVELY."""
+def require_informative(name: str, outputs: list[Tensor], samples: int) -> float:
+    """The spread of a model's outputs over the samples. Raises UninformativeWeightsError where it is not above
+    LEAST_SPREAD."""
     spread = sample_spread(outputs, samples)
-    if not spread > LIVELY:
-        raise DullError(
+    if not spread > LEAST_SPREAD:
+        raise UninformativeWeightsError(
             f"{name}: outputs differ between samples by {spread:.1e} of their scale, expected more "
-            f"than {LIVELY:.0e}; a comparison of such outputs shows nothing."
+            f"than {LEAST_SPREAD:.0e}; a comparison of such outputs shows nothing."
         )
     return spread
 
@@ -168,11 +169,11 @@ def _switch_on(model: nn.Module, generator: torch.Generator) -> None:
 
 
 def _calibrate(model: nn.Module, inputs: Any, calls: Mapping[nn.Module, int]) -> None:
-    """One forward in which the batch norms normalise by, and remember, the batch's own statistics, and every layer
+    """One forward in which the batch norms normalize by, and remember, the batch's own statistics, and every layer
     is scaled by what it gives."""
     norms = _batch_norms(model)
     momenta = [norm.momentum for norm in norms]
-    in_eval(model)
+    set_eval_mode(model)
     for norm in norms:
         norm.momentum = 1.0
         norm.training = True
@@ -181,7 +182,7 @@ def _calibrate(model: nn.Module, inputs: Any, calls: Mapping[nn.Module, int]) ->
         with rescaling({layer: Rescale(_once if calls[layer] == 1 else _repeated) for layer in layers}):
             run_model(model, inputs)
     finally:
-        in_eval(model)
+        set_eval_mode(model)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
 
@@ -192,7 +193,7 @@ def _calls(model: nn.Module, inputs: Any) -> Counter[nn.Module]:
     layers = [module for module in model.modules() if isinstance(module, _LAYERS)]
     handles = [layer.register_forward_hook(lambda module, *_: calls.update([module])) for layer in layers]
     try:
-        run_model(in_eval(model), inputs)
+        run_model(set_eval_mode(model), inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from doconv_convert.nn.layers import DOConv1d, DOConv2d, DOConv3d
 
-# Layers whose output is linear in their kernel, and classes that keep their forward; others may standardise theirs.
+# Layers whose output is linear in their kernel, and classes that keep their forward; others may standardize theirs.
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, DOConv1d, DOConv2d, DOConv3d)
 _FORWARDS = {(cls.forward, getattr(cls, "_conv_forward", None)) for cls in _LINEAR}
 
@@ -20,7 +20,7 @@ _FORWARDS = {(cls.forward, getattr(cls, "_conv_forward", None)) for cls in _LINE
 Factor = Callable[[Tensor], float]
 
 
-# An output that varies less, of its size, is a constant with its rounding errors: csatv2 normalises single channels.
+# An output that varies less, of its size, is a constant with its rounding errors: csatv2 normalizes single channels.
 _CONSTANT = 1e-5
 
 

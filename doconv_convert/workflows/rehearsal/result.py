@@ -62,7 +62,7 @@ class Rehearsal:
         }
 
 
-class Stop(Exception):
+class StepFailed(Exception):
     """A step failed, because of `__cause__`; the rest cannot be done."""
 
 
@@ -76,5 +76,5 @@ def step(rehearsal: Rehearsal, name: str) -> Iterator[Callable[[str], None]]:
     except Exception as error:  # a foreign model may raise anything; the rehearsal reports it
         reason = str(error) if isinstance(error, DoconvError) else f"{type(error).__name__}: {error}"
         rehearsal.steps.append(Step(name, "failed", reason, time.perf_counter() - start))
-        raise Stop from error
+        raise StepFailed from error
     rehearsal.steps.append(Step(name, "passed", detail[0], time.perf_counter() - start))

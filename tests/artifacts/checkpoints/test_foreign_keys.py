@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import difference, make_lively, run, varied_images
+from support import difference, randomize_and_calibrate, run, varied_images
 from support_cli import run_cli, tiny, tiny_file
 from support_foreign import Authors, Gated, Main, Older, Scaled, Summed, rebuild, wrapped
 from torch import Tensor, nn
@@ -292,7 +292,7 @@ def foreign_tiny(folder: Path, **options: Any) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = rebuild(tiny(folder), **options)
-    return make_lively(net, varied_images(8, 2, 6, 6), seed=0)
+    return randomize_and_calibrate(net, varied_images(8, 2, 6, 6), seed=0)
 
 
 @pytest.mark.parametrize("d_mul", [None, 50], ids=["K", "2K and more"])

@@ -234,7 +234,7 @@ def test_a_compressed_zip_is_not_unpacked(tmp_path: Path) -> None:
         (lambda: torch.ones(1).expand(10**6, 10**6), "the tensors' shapes claims 4000000000000 bytes"),
         (lambda: torch.eye(3).to_sparse(), "layout torch.sparse_coo; expected ordinary dense tensors"),
         (lambda: torch.empty(10**9, device="meta"), "without values"),
-        (lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "that is quantised"),
+        (lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "that is quantized"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from support import difference, equal, is_d, is_factor, outputs, randomise, run, varied_images
+from support import difference, equal, is_d, is_factor, outputs, randomize, run, varied_images
 from support_cli import names, read_file, rewrite_file, run_cli
 from torch import Tensor, nn
 
 from doconv_convert import fold, load, save, to_doconv
 from doconv_convert.artifacts.sources.programs import fixed_batch, load_program, untied_notes
-from doconv_convert.rewrite.tracing import in_eval
+from doconv_convert.rewrite.tracing import set_eval_mode
 
 
 class Tied(nn.Module):
@@ -129,7 +129,7 @@ def test_a_fixed_batch_stays_and_two_inputs_go_through(files: Path, tmp_path: Pa
 @pytest.mark.parametrize("d_mul", ["K", "K+3"])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_a_graph_that_composes_comes_back_from_its_file(files: Path, tmp_path: Path, d_mul: str, suffix: str) -> None:
-    model = randomise(to_doconv(load_program(str(files / "tied.pt2")), d_mul=d_mul), seed=1)
+    model = randomize(to_doconv(load_program(str(files / "tied.pt2")), d_mul=d_mul), seed=1)
     path, x = tmp_path / f"a{suffix}", varied_images(3, 3, 12, 12)
     save(model, path) if suffix == ".safetensors" else torch.save(model.state_dict(), path)
     if suffix == ".safetensors":
@@ -162,7 +162,7 @@ def test_modes_are_set_where_the_model_refuses(files: Path) -> None:
     program = load_program(str(files / "tied.pt2"))
     with pytest.raises(NotImplementedError):
         program.eval()
-    assert in_eval(program) is program
+    assert set_eval_mode(program) is program
     assert not any(module.training for module in program.modules())
 
 

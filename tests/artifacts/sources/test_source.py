@@ -165,11 +165,11 @@ def test_a_failed_download_says_which_file_to_pass(
 
 
 def test_wrong_arguments_are_an_error_in_words() -> None:
-    with pytest.raises(DoconvError, match=r"'torchvision:resnet18' raised TypeError: .*'colour'"):
-        build(parse_source("torchvision:resnet18", {"colour": 3}))
+    with pytest.raises(DoconvError, match=r"'torchvision:resnet18' raised TypeError: .*'color'"):
+        build(parse_source("torchvision:resnet18", {"color": 3}))
 
 
-def test_a_file_factory_with_a_neighbour(factory_file: str) -> None:
+def test_a_file_factory_with_a_neighbor(factory_file: str) -> None:
     before = list(sys.path)
     source = parse_source(f"{factory_file}:small", {"width": 6})
     model = build(source)
@@ -300,7 +300,7 @@ def test_examples_are_varied_repeatable_and_leave_the_random_state() -> None:
     assert 0.5 < float(image.std()) < 1.6
     assert float(image.flatten(1).mean(1).std()) > 0.1
     assert float(image.flatten(1).std(1).std()) > 0.1
-    # neighbours agree more than strangers: there is a pattern under the noise
+    # neighbors agree more than strangers: there is a pattern under the noise
     assert float((image[..., 1:] * image[..., :-1]).mean()) > 0.3
 
 

@@ -17,7 +17,7 @@ from support_cli import ROOT, ExportsHere, names, run_cli, run_python, trained, 
 
 import doconv_convert
 from doconv_convert.artifacts.export import child_process, onnx_file
-from doconv_convert.artifacts.models import Opened, find_inputs
+from doconv_convert.artifacts.models import SourceModel, find_inputs
 from doconv_convert.artifacts.sources.source import build, parse_source
 from doconv_convert.check.certificate import certificate as certificates
 from doconv_convert.check.certificate import verify as verify_module
@@ -70,7 +70,7 @@ def fold_here(folder: Path, checkpoint: str = "a", target: str = "m", verify: bo
     """As `fold --onnx`, exporting in this process: children of its own cost seconds, and one test has them."""
     source = parse_source(f"{folder / 'net.py'}:make")
     loaded = load_trained(folder / f"{checkpoint}.pth", source, Options())
-    inputs = find_inputs(Opened(loaded.trained, source), None, None)
+    inputs = find_inputs(SourceModel(loaded.trained, source), None, None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(child_process, "Child", ExportsHere)
         patch.setattr(memory, "LARGE", 0)  # exports change torch for the whole process: none beside the proof's runs

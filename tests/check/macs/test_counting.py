@@ -53,7 +53,7 @@ def node(op: str, inputs: str, output: str = "y", **attributes: object) -> onnx.
 
 
 CONV = [weight("w", 8, 3, 3, 3), weight("b", 8)]
-QUANTISED = [weight("s"), weight("z", dtype=np.uint8), weight("q", 8, 3, 3, 3, dtype=np.uint8)]
+QUANTIZED = [weight("s"), weight("z", dtype=np.uint8), weight("q", 8, 3, 3, 3, dtype=np.uint8)]
 
 SINGLE = {
     "convolution": (
@@ -72,15 +72,15 @@ SINGLE = {
         4 * 3 * 4,
     ),
     "integer convolution": (
-        model([node("QuantizeLinear", "x s z", "u"), node("ConvInteger", "u q")], {"x": [1, 3, 5, 5]}, QUANTISED),
+        model([node("QuantizeLinear", "x s z", "u"), node("ConvInteger", "u q")], {"x": [1, 3, 5, 5]}, QUANTIZED),
         (8 * 9) * 27,
         8 * 27,
     ),
-    "quantised convolution": (
+    "quantized convolution": (
         model(
             [node("QuantizeLinear", "x s z", "u"), node("QLinearConv", "u s z q s z s z")],
             {"x": [1, 3, 5, 5]},
-            QUANTISED,
+            QUANTIZED,
         ),
         (8 * 9) * 27,
         8 * 27,
@@ -169,7 +169,7 @@ def test_one_node_counts_what_the_formula_says(case: str) -> None:
     assert counted.uncounted == {}
 
 
-def test_weights_from_constant_nodes_and_through_dequantisation() -> None:
+def test_weights_from_constant_nodes_and_through_dequantization() -> None:
     graph = model(
         [
             helper.make_node("Constant", [], ["c"], value=weight("ignored", 8, 3, 3, 3)),

@@ -1,4 +1,4 @@
-"""onnxruntime's own operators: the counted MACs by hand, the learnt shapes against what onnxruntime really returns."""
+"""onnxruntime's own operators: the counted MACs by hand, the learned shapes against what onnxruntime really returns."""
 
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ CASES = {
         "FusedConv", {"x": tensor(2, 4, 9, 8)}, {"w": tensor(6, 2, 3, 3), "b": tensor(6)},
         2 * 6 * 5 * 4 * 18, 6 * 18 + 6, group=2, strides=[2, 2], pads=[1, 1, 1, 1], activation="Relu",
     ),
-    "quantised convolution, channels last": case(
+    "quantized convolution, channels last": case(
         "QLinearConv", {"x": tensor(1, 9, 8, 4, dtype=UINT8)},
         {"xs": scale(), "xz": zero(), "w": tensor(6, 4, 3, 3, dtype=UINT8), "ws": scale(), "wz": zero(),
          "ys": scale(), "yz": zero(), "b": tensor(6, dtype=INT32)},
@@ -50,7 +50,7 @@ CASES = {
         "FusedGemm", {"x": tensor(7, 2)}, {"w": tensor(5, 7), "b": tensor(5)},
         2 * 5 * 7, 40, transA=1, transB=1, activation="Relu",
     ),
-    "quantised gemm": case(
+    "quantized gemm": case(
         "QGemm", {"x": tensor(2, 7, dtype=UINT8)},
         {"xs": scale(), "xz": zero(), "w": tensor(5, 7, dtype=UINT8), "ws": scale(), "wz": zero(),
          "b": tensor(5, dtype=INT32), "ys": scale(), "yz": zero()},
@@ -69,7 +69,7 @@ CASES = {
         "MatMulIntegerToFloat", {"x": tensor(2, 3, 7, dtype=UINT8)},
         {"w": tensor(7, 5, dtype=UINT8), "s": scale(), "t": scale()}, 2 * 3 * 5 * 7, 35,
     ),
-    "dynamically quantised product": case(
+    "dynamically quantized product": case(
         "DynamicQuantizeMatMul", {"x": tensor(2, 3, 7)},
         {"w": tensor(7, 5, dtype=UINT8), "s": scale(), "z": zero(), "b": tensor(5)}, 2 * 3 * 5 * 7, 40,
     ),
@@ -86,7 +86,7 @@ CASES = {
         {"w": tensor(8, 12), "b": tensor(12), "": None, "p": tensor(2, 2, 2, 3, 2)},
         2 * 5 * 8 * 12 + 2 * 5 * (5 + 3) * (4 + 4), 8 * 12 + 12, num_heads=2,
     ),
-    "quantised attention": case(
+    "quantized attention": case(
         "QAttention", {"x": tensor(2, 5, 8, dtype=UINT8)},
         {"w": tensor(8, 12, dtype=UINT8), "b": tensor(12), "xs": scale(), "ws": scale(), "": None, "xz": zero(),
          "wz": zero()},
@@ -106,48 +106,48 @@ CASES = {
         {"": None, "-": None, "l": np.array([4], INT32), "t": np.array(5, INT32)},
         1 * 5 * 5 * (32 + 32), num_heads=4, kv_num_heads=2,
     ),
-    "dynamically quantised LSTM": case(
+    "dynamically quantized LSTM": case(
         "DynamicQuantizeLSTM", {"x": tensor(5, 2, 3)},
         {"w": tensor(1, 3, 16, dtype=UINT8), "r": tensor(1, 4, 16, dtype=UINT8), "": None, "-": None, "--": None,
          "---": None, "----": None, "ws": tensor(1), "wz": tensor(1, dtype=UINT8), "rs": tensor(1),
          "rz": tensor(1, dtype=UINT8)},
         5 * 2 * 16 * (3 + 4), 16 * 7, hidden_size=4,
     ),
-    "quantised sum": case(
+    "quantized sum": case(
         "QLinearAdd", {"x": tensor(2, 3, 4, dtype=UINT8)},
         {"xs": scale(), "xz": zero(), "w": tensor(4, dtype=UINT8), "ws": scale(), "wz": zero(), "ys": scale(),
          "yz": zero()}, 0,
     ),
-    "quantised concatenation": case(
+    "quantized concatenation": case(
         "QLinearConcat", {},
         {"ys": scale(), "yz": zero(), "x": tensor(2, 3, 4, dtype=UINT8), "xs": scale(), "xz": zero(),
          "w": tensor(2, 5, 4, dtype=UINT8), "ws": scale(), "wz": zero()}, 0, axis=1,
     ),
-    "quantised global pooling": case(
+    "quantized global pooling": case(
         "QLinearGlobalAveragePool", {"x": tensor(2, 3, 5, 4, dtype=UINT8)},
         {"xs": scale(), "xz": zero(), "ys": scale(), "yz": zero()}, 0,
     ),
-    "quantised global pooling, channels last": case(
+    "quantized global pooling, channels last": case(
         "QLinearGlobalAveragePool", {"x": tensor(2, 5, 4, 3, dtype=UINT8)},
         {"xs": scale(), "xz": zero(), "ys": scale(), "yz": zero()}, 0, channels_last=1,
     ),
-    "quantised pooling": case(
+    "quantized pooling": case(
         "QLinearAveragePool", {"x": tensor(2, 3, 9, 8, dtype=UINT8)},
         {"xs": scale(), "xz": zero(), "ys": scale(), "yz": zero()}, 0, kernel_shape=[3, 3], strides=[2, 2],
     ),
     "pooling, channels last": case(
         "NhwcMaxPool", {"x": tensor(2, 9, 8, 3, dtype=UINT8)}, {}, 0, kernel_shape=[3, 3], strides=[2, 2],
     ),
-    "quantised activation": case(
+    "quantized activation": case(
         "QLinearLeakyRelu", {"x": tensor(2, 3, dtype=UINT8)},
         {"xs": scale(), "xz": zero(), "ys": scale(), "yz": zero()}, 0, alpha=0.1,
     ),
     "bias and GELU": case("BiasGelu", {"x": tensor(2, 3, 4)}, {"b": tensor(4)}, 0),
     "fast GELU": case("FastGelu", {"x": tensor(2, 3, 4)}, {}, 0),
-    "skip and normalise": case(
+    "skip and normalize": case(
         "SkipLayerNormalization", {"x": tensor(2, 3, 4), "k": tensor(2, 3, 4)}, {"g": tensor(4), "b": tensor(4)}, 0,
     ),
-    "embed and normalise": case(
+    "embed and normalize": case(
         "EmbedLayerNormalization", {"x": tensor(2, 3, dtype=INT32)},
         {"": None, "w": tensor(9, 4), "p": tensor(8, 4), "-": None, "g": tensor(4), "b": tensor(4)}, 0,
     ),
@@ -192,7 +192,7 @@ def test_macs_are_those_of_the_formula(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_learnt_shapes_are_onnxruntimes_own(name: str) -> None:
+def test_learned_shapes_are_onnxruntimes_own(name: str) -> None:
     proto, inputs = build(name)
     scope = Scope(types={value.name: value.type for value in proto.graph.input})
     Walk.of(proto, {}).graph(proto.graph, scope)
@@ -202,7 +202,7 @@ def test_learnt_shapes_are_onnxruntimes_own(name: str) -> None:
 
 
 def test_what_follows_an_operator_of_onnxruntimes_is_counted() -> None:
-    """As in a file that onnxruntime has optimised: the fused convolution feeds a plain one."""
+    """As in a file that onnxruntime has optimized: the fused convolution feeds a plain one."""
     proto, _ = build("fused convolution")
     proto.graph.initializer.append(numpy_helper.from_array(tensor(3, 6, 1, 1), "v"))
     proto.graph.node.append(helper.make_node("Conv", ["y", "v"], ["after"]))
@@ -212,7 +212,7 @@ def test_what_follows_an_operator_of_onnxruntimes_is_counted() -> None:
 
 
 def network() -> onnx.ModelProto:
-    """Convolutions, a branch, a sum, a concatenation, pooling and a head: what quantising meets."""
+    """Convolutions, a branch, a sum, a concatenation, pooling and a head: what quantizing meets."""
     rng = np.random.default_rng(0)
     shapes = {"w1": (8, 3, 3, 3), "w2": (8, 8, 3, 3), "w3": (4, 16, 1, 1), "w4": (4, 5), "b1": (8,), "b4": (5,)}
     nodes = [
@@ -236,8 +236,8 @@ def network() -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
-def quantised(path: Path, kind: str) -> Path:
-    """The file as onnxruntime's own tools quantise or optimise it."""
+def quantized(path: Path, kind: str) -> Path:
+    """The file as onnxruntime's own tools quantize or optimize it."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_dynamic, quantize_static
 
     class Samples(CalibrationDataReader):
@@ -248,7 +248,7 @@ def quantised(path: Path, kind: str) -> Path:
             return {"x": self.left.pop()} if self.left else None
 
     out = path.with_name(f"{kind}.onnx")
-    if kind == "optimised":
+    if kind == "optimized":
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.optimized_model_filepath = str(out)
@@ -264,17 +264,17 @@ def quantised(path: Path, kind: str) -> Path:
 @pytest.mark.parametrize(
     ("kind", "found"),
     [
-        ("optimised", {"FusedConv"}),
+        ("optimized", {"FusedConv"}),
         ("dynamic", {"ConvInteger", "MatMulInteger"}),
         ("operators", {"QLinearConv", "QLinearConcat", "QLinearAdd", "QGemm"}),
         ("qdq", {"DequantizeLinear"}),
     ],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_a_quantised_or_optimised_network_has_the_macs_it_had(tmp_path: Path, kind: str, found: set[str]) -> None:
+def test_a_quantized_or_optimized_network_has_the_macs_it_had(tmp_path: Path, kind: str, found: set[str]) -> None:
     path = tmp_path / "float.onnx"
     onnx.save(network(), path)
-    expected, out = count_macs(path), quantised(path, kind)
+    expected, out = count_macs(path), quantized(path, kind)
     assert found <= {node.op_type for node in onnx.load(out).graph.node}
     counted = count_macs(out)
     assert counted.uncounted == {}

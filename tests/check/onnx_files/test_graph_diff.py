@@ -310,7 +310,7 @@ def test_a_truncated_initializer_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["D", "layer1.0.D", "conv.weight_extra", "cell/kernel_D", "m.kernel_extra"])
-def test_the_names_of_a_composition_are_recognised(name: str) -> None:
+def test_the_names_of_a_composition_are_recognized(name: str) -> None:
     model = network()
     model.graph.initializer.append(numpy_helper.from_array(np.zeros(1), name))
     assert leftover_composition(model) == [f"initializer '{name}' is named like a part of a DO-Conv kernel"]
@@ -332,7 +332,7 @@ def with_node(name: str, output: str, where: str) -> ModelProto:
 
 @pytest.mark.parametrize("where", ["graph", "branch", "function"])
 @pytest.mark.parametrize("name", ["D", "layer1.0.D", "conv.weight_extra", "cell/kernel_D", "m.kernel_extra"])
-def test_nodes_named_like_a_composition_are_recognised(name: str, where: str) -> None:
+def test_nodes_named_like_a_composition_are_recognized(name: str, where: str) -> None:
     said = [f"node '{name}' (Mul) is named like a part of a DO-Conv kernel"]
     assert leftover_composition(with_node(name, "value", where)) == said
     assert leftover_composition(with_node("", name, where)) == said

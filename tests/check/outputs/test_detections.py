@@ -13,8 +13,8 @@ from doconv_convert.artifacts.export.exporter import export_onnx
 from doconv_convert.check.onnxruntime_run import check_outputs
 from doconv_convert.check.outputs.compare import Array
 from doconv_convert.check.outputs.detections import detection_groups, in_order_of
-from doconv_convert.check.outputs.expected import TorchSide
-from doconv_convert.check.torch_runs.reference_run import torch_side
+from doconv_convert.check.outputs.expected import ReferenceRun
+from doconv_convert.check.torch_runs.reference_run import reference_run
 
 COUNT = 6
 ORDER = [3, 0, 5, 1, 4, 2]
@@ -98,10 +98,10 @@ class Detector(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def side() -> TorchSide:
+def reference() -> ReferenceRun:
     model = Detector(range(COUNT)).eval()
     image = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0))
-    return torch_side(model, Detector(range(COUNT)), ([image],), 1)
+    return reference_run(model, Detector(range(COUNT)), ([image],), 1)
 
 
 @pytest.mark.parametrize(
@@ -117,10 +117,10 @@ def side() -> TorchSide:
     ],
 )
 def test_a_file_may_list_its_detections_in_another_order_but_not_change_one(
-    side: TorchSide, tmp_path: Path, model: Detector, problem: str | None
+    reference: ReferenceRun, tmp_path: Path, model: Detector, problem: str | None
 ) -> None:
     image = torch.randn(3, 8, 8)
     export_onnx(model, ([image],), tmp_path / "m.onnx", dynamic_batch=False)
-    status, _ = check_outputs(tmp_path / "m.onnx", side)
+    status, _ = check_outputs(tmp_path / "m.onnx", reference)
     assert status.state == ("failed" if problem else "passed"), status
     assert problem is None or any(problem in finding for finding in status.findings), status

@@ -16,11 +16,11 @@ from doconv_convert.check import onnxruntime_run
 from doconv_convert.check.onnxruntime_run import check_outputs
 from doconv_convert.check.outputs import reruns
 from doconv_convert.check.outputs.compare import FLOOR, ONNX_BOUND, Array, relative_error
-from doconv_convert.check.outputs.expected import TorchSide
+from doconv_convert.check.outputs.expected import ReferenceRun
 from doconv_convert.check.outputs.float64_copy import LOOSE, in_float64
 from doconv_convert.check.outputs.session import OnnxSession
 from doconv_convert.check.status import Status
-from doconv_convert.check.torch_runs.reference_run import torch_side
+from doconv_convert.check.torch_runs.reference_run import reference_run
 
 IMAGES = torch.randn(3, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 # What a float64 value loses in the cast to float32.
@@ -42,11 +42,11 @@ class Gated(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def gated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TorchSide]:
+def gated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ReferenceRun]:
     torch.manual_seed(0)
     model, path = Gated().eval(), tmp_path_factory.mktemp("gated") / "m.onnx"
     export_onnx(model, (IMAGES[:2],), path, output_names=["out"])
-    return path, torch_side(model, model, (IMAGES,), 3)
+    return path, reference_run(model, model, (IMAGES,), 3)
 
 
 def model_of(operator: str, opset: int = 18) -> ModelProto:
@@ -102,14 +102,14 @@ def test_before_castlike_the_copy_is_the_model() -> None:
 
 
 def test_weights_in_another_file_are_found(
-    gated: tuple[Path, TorchSide], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gated: tuple[Path, ReferenceRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, side = gated
+    path, reference = gated
     (tmp_path / "sub").mkdir()
     onnx.save(onnx.load(path), tmp_path / "sub" / "m.onnx", save_as_external_data=True, size_threshold=0)
     monkeypatch.chdir(tmp_path)
-    (got,) = OnnxSession(Path("sub/m.onnx"), precise=True).run(side.inputs)
-    assert relative_error(got, side.truth[0]) < FLOOR
+    (got,) = OnnxSession(Path("sub/m.onnx"), precise=True).run(reference.inputs)
+    assert relative_error(got, reference.truth[0]) < FLOOR
 
 
 def inexact(monkeypatch: pytest.MonkeyPatch, *error: Any) -> None:
@@ -117,12 +117,12 @@ def inexact(monkeypatch: pytest.MonkeyPatch, *error: Any) -> None:
         monkeypatch.setattr(module, "OnnxSession", inexact_session(*error))
 
 
-def checked(gated: tuple[Path, TorchSide]) -> Status:
+def checked(gated: tuple[Path, ReferenceRun]) -> Status:
     return check_outputs(*gated)[0]
 
 
 def test_the_runtimes_rounding_is_told_from_a_fault(
-    gated: tuple[Path, TorchSide], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    gated: tuple[Path, ReferenceRun], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     exact = checked(gated)
     assert exact.state == "passed"
@@ -148,7 +148,7 @@ def test_the_runtimes_rounding_is_told_from_a_fault(
     ],
 )
 def test_what_no_rounding_explains_fails(
-    gated: tuple[Path, TorchSide], monkeypatch: pytest.MonkeyPatch, error: float, where: Any
+    gated: tuple[Path, ReferenceRun], monkeypatch: pytest.MonkeyPatch, error: float, where: Any
 ) -> None:
     inexact(monkeypatch, error, where)
     assert checked(gated).state == "failed"
@@ -156,15 +156,15 @@ def test_what_no_rounding_explains_fails(
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_kernel_changed_by_a_thousandth_is_caught_under_the_runtimes_rounding(
-    gated: tuple[Path, TorchSide], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: int
+    gated: tuple[Path, ReferenceRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: int
 ) -> None:
-    path, side = gated
+    path, reference = gated
     model = onnx.load(path)
     kernel = [one for one in model.graph.initializer if len(one.dims) == 4][index]
     values = numpy_helper.to_array(kernel)
     changed = values * (1 + 1e-3 * np.random.default_rng(0).standard_normal(values.shape).astype(np.float32))
     kernel.CopyFrom(numpy_helper.from_array(changed, kernel.name))
     onnx.save(model, tmp_path / "damaged.onnx")
-    assert check_outputs(tmp_path / "damaged.onnx", side)[0].state == "failed"
+    assert check_outputs(tmp_path / "damaged.onnx", reference)[0].state == "failed"
     inexact(monkeypatch, RUNTIME_ERROR)
-    assert check_outputs(tmp_path / "damaged.onnx", side)[0].state == "failed"
+    assert check_outputs(tmp_path / "damaged.onnx", reference)[0].state == "failed"

@@ -14,11 +14,16 @@ from torch import Tensor, nn
 from doconv_convert import fold
 from doconv_convert.artifacts.export.exporter import export_onnx
 from doconv_convert.check.coverage import check_coverage
-from doconv_convert.check.outputs.compare import SEEN
+from doconv_convert.check.outputs.compare import COVERED_ABOVE
 from doconv_convert.check.proof import prove
 from doconv_convert.check.status import Status
-from doconv_convert.check.torch_runs.coverage import RELATIVE_CHANGE, least_perturbation, perturbation, sensitivity
-from doconv_convert.check.torch_runs.reference_run import torch_side
+from doconv_convert.check.torch_runs.coverage import (
+    RELATIVE_CHANGE,
+    least_perturbation,
+    measure_sensitivity,
+    perturbation,
+)
+from doconv_convert.check.torch_runs.reference_run import reference_run
 
 # Predicted by one random direction against the root mean square of 16 real changes: 0.83 to 1.33 over 20 kernels.
 FACTOR = 2.0
@@ -41,10 +46,10 @@ def convolutions(model: nn.Module) -> dict[str, Tensor]:
     return {name: m.weight for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
 
 
-def seen_blind_unreached(reach: Mapping[str, float | None]) -> tuple[list[str], list[str], list[str]]:
-    runs = {name: value for name, value in reach.items() if value is not None}
-    seen = [name for name, value in runs.items() if value > SEEN]
-    return seen, [name for name in runs if name not in seen], [name for name in reach if name not in runs]
+def seen_blind_unreached(sensitivity: Mapping[str, float | None]) -> tuple[list[str], list[str], list[str]]:
+    runs = {name: value for name, value in sensitivity.items() if value is not None}
+    seen = [name for name, value in runs.items() if value > COVERED_ABOVE]
+    return seen, [name for name in runs if name not in seen], [name for name in sensitivity if name not in runs]
 
 
 @pytest.mark.parametrize("bound", [1.0, 1e-6])
@@ -56,14 +61,14 @@ def test_the_predicted_movement_is_the_real_one(tmp_path: Path, bound: float) ->
     ):
         model = model.double().eval()
         kernels = convolutions(model)
-        reach = sensitivity([model(inputs.double())], [bound], kernels)
+        sensitivity = measure_sensitivity([model(inputs.double())], [bound], kernels)
         for name, kernel in kernels.items():
-            predicted = reach[name]
+            predicted = sensitivity[name]
             assert predicted is not None
             ratio = predicted * bound / moved(model, inputs.double(), kernel)
             assert 1 / FACTOR < ratio < FACTOR, (name, ratio)
-            # What just counts as seen, at a reach of SEEN, really leaves the bound.
-            assert SEEN / ratio > 1, (name, ratio)
+            # What just counts as seen, at a sensitivity of COVERED_ABOVE, really leaves the bound.
+            assert COVERED_ABOVE / ratio > 1, (name, ratio)
 
 
 class Branches(nn.Module):
@@ -92,9 +97,9 @@ def test_a_faint_branch_is_blind_though_its_gradient_is_not_zero(branches: Branc
     x = varied_images(3, 2, 8, 8)
     gradient = torch.autograd.grad(branches(x).sum(), branches.faint.weight)[0]
     assert gradient.abs().max() > 0
-    side = torch_side(branches, fold(branches), (x,), 3)
-    assert seen_blind_unreached(side.reach) == (["main", "cut"], ["faint"], ["auxiliary"])
-    assert not side.flat
+    reference = reference_run(branches, fold(branches), (x,), 3)
+    assert seen_blind_unreached(reference.sensitivity) == (["main", "cut"], ["faint"], ["auxiliary"])
+    assert not reference.uncovered_reason
 
 
 def test_a_kernel_behind_a_cut_gradient_is_found_by_changing_it(branches: Branches) -> None:
@@ -102,9 +107,9 @@ def test_a_kernel_behind_a_cut_gradient_is_found_by_changing_it(branches: Branch
     branches.requires_grad_(True)
     plain = branches(x)
     kernels = {"main": branches.main.weight, "cut": branches.cut.weight}
-    reach = sensitivity([plain], [1.0], kernels)
-    assert reach["main"] is not None
-    assert reach["cut"] is None
+    sensitivity = measure_sensitivity([plain], [1.0], kernels)
+    assert sensitivity["main"] is not None
+    assert sensitivity["cut"] is None
     before = branches.cut.weight.clone()
     found = perturbation(lambda: [branches(x)], [plain.detach()], [1.0], branches.cut.weight)
     assert found == pytest.approx(moved(branches, x, branches.cut.weight), rel=FACTOR - 1)
@@ -138,14 +143,14 @@ def test_the_kernel_comes_back_when_the_run_fails() -> None:
 def test_outputs_with_no_usable_bound_show_nothing() -> None:
     kernel = torch.ones(3, requires_grad=True)
     for bound in (0.0, float("nan")):
-        assert sensitivity([kernel * 2], [bound], {"k": kernel}) == {"k": None}
+        assert measure_sensitivity([kernel * 2], [bound], {"k": kernel}) == {"k": None}
 
 
 def test_two_outputs_are_not_seen_twice() -> None:
     """The same output n times must not make a kernel n times as visible."""
     kernel = torch.linspace(1, 2, 4096, dtype=torch.float64, requires_grad=True)
-    once = sensitivity([kernel * 2], [1.0], {"k": kernel})["k"]
-    often = sensitivity([kernel * 2] * 16, [1.0] * 16, {"k": kernel})["k"]
+    once = measure_sensitivity([kernel * 2], [1.0], {"k": kernel})["k"]
+    often = measure_sensitivity([kernel * 2] * 16, [1.0] * 16, {"k": kernel})["k"]
     assert once == pytest.approx(often, rel=0.1)
 
 
@@ -166,10 +171,10 @@ class Silent(nn.Module):
 
 def test_a_kernel_that_runs_without_effect_is_blind_not_unreached() -> None:
     model = Silent().eval()
-    side = torch_side(model, fold(model), (varied_images(3, 2, 8, 8),), 3)
-    assert side.reach["unused"] == 0.0
-    assert seen_blind_unreached(side.reach) == (["main"], ["unused"], ["auxiliary"])
-    assert side.flat == {"unused": "no output depends on it"}
+    reference = reference_run(model, fold(model), (varied_images(3, 2, 8, 8),), 3)
+    assert reference.sensitivity["unused"] == 0.0
+    assert seen_blind_unreached(reference.sensitivity) == (["main"], ["unused"], ["auxiliary"])
+    assert reference.uncovered_reason == {"unused": "no output depends on it"}
 
 
 class Chooser(nn.Module):
@@ -188,31 +193,31 @@ class Chooser(nn.Module):
 def test_a_kernel_that_only_decides_is_named_as_such() -> None:
     torch.manual_seed(3)
     model = Chooser().eval()
-    side = torch_side(model, fold(model), (varied_images(3, 2, 8, 8),), 3)
-    assert side.reach["score"] == 0.0
-    assert side.flat == {"score": "it only decides what is shown"}
-    status = check_coverage(side, "passed", "passed")
+    reference = reference_run(model, fold(model), (varied_images(3, 2, 8, 8),), 3)
+    assert reference.sensitivity["score"] == 0.0
+    assert reference.uncovered_reason == {"score": "it only decides what is shown"}
+    status = check_coverage(reference, "passed", "passed")
     assert status.findings == ("'score' moves them by 0 bounds: it only decides what is shown",)
-    assert check_coverage(side, "failed", "passed").state == "failed"
+    assert check_coverage(reference, "failed", "passed").state == "failed"
 
 
 def test_only_coverage_catches_a_fault_in_a_faint_kernel(branches: Branches, tmp_path: Path) -> None:
     """The same wrong kernel in both files: graph, MACs and outputs see nothing, and its gradient is not zero."""
     x = varied_images(3, 2, 8, 8)
     model = fold(branches)
-    side = torch_side(branches, copy.deepcopy(model), (x,), 3)
+    reference = reference_run(branches, copy.deepcopy(model), (x,), 3)
     with torch.no_grad():
         model.faint.weight.mul_(1.5)
     export_onnx(model, (x[:2],), tmp_path / "m.onnx")
     folded = Status("fold", "passed", "")
     for minimum, states in ((0.0, set()), (0.6, set()), (1.0, {"coverage"})):
-        proof = prove(tmp_path / "m.onnx", tmp_path / "m.onnx", side, folded, min_coverage=minimum)
+        proof = prove(tmp_path / "m.onnx", tmp_path / "m.onnx", reference, folded, min_coverage=minimum)
         assert {status.name for status in proof.statuses if status.state == "failed"} == states
         (status,) = [status for status in proof.statuses if status.name == "coverage"]
         assert [finding.split()[0] for finding in status.findings] == ["'faint'", "'auxiliary'"]
     assert "67% of those that run; `min_coverage` asks for 100%; pass `input_file`" in status.detail
     assert "'auxiliary' only runs in training" in status.findings
-    without_graph = check_coverage(side, "failed", "passed")
+    without_graph = check_coverage(reference, "failed", "passed")
     assert without_graph.state == "failed"
 
 

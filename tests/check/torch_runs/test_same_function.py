@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from onnx import TensorProto, helper
-from support import make_lively, randomise, varied_images
+from support import randomize, randomize_and_calibrate, varied_images
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,10 +14,10 @@ from doconv_convert import fold, to_doconv
 from doconv_convert.check.coverage import with_branches
 from doconv_convert.check.onnxruntime_run import check_outputs
 from doconv_convert.check.outputs.compare import CEILING, bound_for
-from doconv_convert.check.outputs.expected import FoldRun, TorchSide
+from doconv_convert.check.outputs.expected import FoldRun, ReferenceRun
 from doconv_convert.check.proof import with_function
 from doconv_convert.check.status import Status
-from doconv_convert.check.torch_runs.reference_run import torch_side
+from doconv_convert.check.torch_runs.reference_run import reference_run
 from doconv_convert.check.torch_runs.same_function import FUNCTION_TOLERANCE, run_in_float64
 
 IMAGES = varied_images(3, 3, 12, 12, seed=2)
@@ -45,7 +45,7 @@ class Noisy(nn.Module):
 
 def trained(net: nn.Module) -> nn.Module:
     torch.manual_seed(0)
-    return randomise(to_doconv(net), seed=1).eval()
+    return randomize(to_doconv(net), seed=1).eval()
 
 
 def plain() -> nn.Module:
@@ -56,7 +56,7 @@ def plain() -> nn.Module:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_faithful_fold_has_no_finding(composition: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    net = make_lively(to_doconv(plain(), composition=composition), IMAGES, seed=1).to(dtype)
+    net = randomize_and_calibrate(to_doconv(plain(), composition=composition), IMAGES, seed=1).to(dtype)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     runs = run_in_float64(net, fold(net), (IMAGES.to(dtype),))
     assert runs.findings == ()
@@ -67,10 +67,10 @@ def test_a_faithful_fold_has_no_finding(composition: str, dtype: torch.dtype) ->
 
 def test_a_kernel_read_elsewhere_is_a_finding() -> None:
     net = trained(Gated())
-    side = torch_side(net, fold(net), (IMAGES,), 3)
-    assert side.fold is not None
-    assert "output 0 differs by" in side.fold.findings[0]
-    status = with_function(Status("fold", "passed", "1 kernels"), side.fold)
+    reference = reference_run(net, fold(net), (IMAGES,), 3)
+    assert reference.fold is not None
+    assert "output 0 differs by" in reference.fold.findings[0]
+    status = with_function(Status("fold", "passed", "1 kernels"), reference.fold)
     assert status.state == "failed"
     assert "does not compute what the trained one does" in status.detail
 
@@ -91,10 +91,10 @@ def test_a_network_that_is_random_in_eval_mode_has_no_reference(
     noise: Callable[[Tensor], Tensor], tmp_path: Any
 ) -> None:
     net = trained(Noisy(noise))
-    side = torch_side(net, fold(net), (IMAGES,), 3)
-    assert side.fold is not None
-    assert side.fold.random is not None
-    status, checks = check_outputs(tmp_path / "not even opened.onnx", side)
+    reference = reference_run(net, fold(net), (IMAGES,), 3)
+    assert reference.fold is not None
+    assert reference.fold.random is not None
+    status, checks = check_outputs(tmp_path / "not even opened.onnx", reference)
     assert status.state == "failed"
     assert status.detail.startswith("the network is not deterministic")
     assert checks == []
@@ -119,7 +119,7 @@ def test_a_kernel_in_a_branch_not_taken_is_uncovered(tmp_path: Any, branches: bo
     )
     model = helper.make_model(helper.make_graph([node], "g", [x, c], [y]))
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
-    side = TorchSide([], [], [], 1, {"ran": 3.0, "aux": None}, fold=FoldRun())
-    found = with_branches(side, tmp_path / "m.onnx")
-    assert found.reach == {"ran": 3.0, "aux": 0.0 if branches else None}
-    assert ("another branch" in found.flat.get("aux", "")) is branches
+    reference = ReferenceRun([], [], [], 1, {"ran": 3.0, "aux": None}, fold=FoldRun())
+    found = with_branches(reference, tmp_path / "m.onnx")
+    assert found.sensitivity == {"ran": 3.0, "aux": 0.0 if branches else None}
+    assert ("another branch" in found.uncovered_reason.get("aux", "")) is branches

@@ -69,7 +69,7 @@ def test_a_page_asks_for_nothing(command: str) -> None:
 def test_what_the_pictures_show_is_in_the_table() -> None:
     text = page("fold", "TEXT", [f"layer.{index}" for index in range(3)])
     pictures = re.findall(r'<figure data-table="(\w+)" data-key="(\w+)"', text)
-    assert [key for _, key in pictures] == ["macs", "added_parameters", "d_moved", "kernel_changed", "reach"]
+    assert [key for _, key in pictures] == ["macs", "added_parameters", "d_moved", "kernel_changed", "sensitivity"]
     for table, key in pictures:
         assert f'<table id="{table}">' in text
         assert f'data-key="{key}"' in text.split("<table", 1)[1]

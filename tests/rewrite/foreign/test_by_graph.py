@@ -274,7 +274,7 @@ class Activated(Foreign):
         return F.conv2d(x, self.kernel(), self.bias).relu()
 
 
-class Normalised(Foreign):
+class Normalized(Foreign):
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x - x.mean(), self.kernel(), self.bias)
 
@@ -296,7 +296,7 @@ DECLINED = {
     UnequalPads: "its pads differ on the two sides",
     ValuePad: "it pads with 1.0",
     Activated: "it does more than convolve: its output is not the convolution's",
-    Normalised: "it does more than pad its input before the convolution",
+    Normalized: "it does more than pad its input before the convolution",
     Twice: "it makes 2 convolution calls, expected 1",
 }
 
@@ -344,7 +344,7 @@ def test_modules_that_own_parameters_but_no_convolution_are_not_mentioned() -> N
     assert report.foreign == []
 
 
-class Standardised(nn.Conv2d):
+class Standardized(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
         weight = (weight - weight.mean((1, 2, 3), keepdim=True)) / weight.std((1, 2, 3), keepdim=True)
@@ -354,7 +354,7 @@ class Standardised(nn.Conv2d):
 CONSTANT = {
     "weight norm": lambda: weight_norm(nn.Conv2d(3, 4, 3, padding=1)),
     "spectral norm": lambda: spectral_norm(nn.Conv2d(3, 4, 3, padding=1)),
-    "weight standardisation": lambda: Standardised(3, 4, 3, padding=1),
+    "weight standardization": lambda: Standardized(3, 4, 3, padding=1),
 }
 
 

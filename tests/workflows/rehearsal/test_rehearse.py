@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import randomise, require_ended
+from support import randomize, require_ended
 from torch import Tensor, nn
 from torchvision.models import list_models
 from typer.testing import CliRunner, Result
@@ -23,11 +23,11 @@ from doconv_convert.rewrite import fold_kernels
 from doconv_convert.workflows.rehearsal import rehearse as rehearsing
 from doconv_convert.workflows.rehearsal import workers
 from doconv_convert.workflows.rehearsal.randomize import (
-    LIVELY,
-    DullError,
+    LEAST_SPREAD,
+    UninformativeWeightsError,
     composing_in_float64,
-    make_lively,
-    require_lively,
+    randomize_and_calibrate,
+    require_informative,
     sample_spread,
 )
 from doconv_convert.workflows.rehearsal.rehearse import rehearse
@@ -118,7 +118,15 @@ def test_a_sound_model_is_proven_and_a_second_run_takes_it_from_the_file(tmp_pat
     (result,) = json.loads(first.stdout)["models"]
     assert result["status"] == "passed"
     assert result["proven"] is True
-    assert [step["name"] for step in result["steps"]] == ["build", "plan", "convert", "lively", "fold", "save", "prove"]
+    assert [step["name"] for step in result["steps"]] == [
+        "build",
+        "plan",
+        "convert",
+        "randomize",
+        "fold",
+        "save",
+        "prove",
+    ]
     assert result["figures"]["moved"] > 0.1
     again = command(source, "--resume", tmp_path / "results.jsonl")
     assert "[1/" not in again.stdout
@@ -126,18 +134,18 @@ def test_a_sound_model_is_proven_and_a_second_run_takes_it_from_the_file(tmp_pat
 
 
 def test_weights_are_drawn_anew_where_a_kernel_does_not_show(nets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rehearsing, "DRAWS", 2)
+    monkeypatch.setattr(rehearsing, "ATTEMPTS", 2)
     result = rehearse(f"{nets}:gated", seed=GATE_OPENS_AT_THE_SECOND)
     details = {step.name: step.detail for step in result.steps}
-    assert "drawn anew, since before 1 kernels would not show in the outputs: 'branch' (" in details["lively"]
+    assert "drawn anew, since before 1 kernels would not show in the outputs: 'branch' (" in details["randomize"]
     assert result.proven
     assert "2 of 2 kernels seen" in details["prove"]
-    monkeypatch.setattr(rehearsing, "DRAWS", 1)
+    monkeypatch.setattr(rehearsing, "ATTEMPTS", 1)
     assert rehearse(f"{nets}:gated", seed=GATE_OPENS_AT_THE_SECOND).status == "prove failed"
 
 
 def test_a_kernel_that_no_draw_shows_is_a_failure(nets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rehearsing, "DRAWS", 2)
+    monkeypatch.setattr(rehearsing, "ATTEMPTS", 2)
     result = rehearse(f"{nets}:closed", seed=GATE_OPENS_AT_THE_SECOND)
     assert result.status == "prove failed"
     assert "'branch'" in result.steps[-1].detail
@@ -146,8 +154,8 @@ def test_a_kernel_that_no_draw_shows_is_a_failure(nets: Path, monkeypatch: pytes
 def test_a_kernel_seen_with_earlier_weights_counts() -> None:
     """As one with a gate that closes at the second draw would."""
     proof = Proof("net.onnx")
-    proof.reach = {"first": 0.5, "second": 9.0}
-    with pytest.raises(DullError, match="1 kernels would not show in the outputs: 'first'") as dull:
+    proof.sensitivity = {"first": 0.5, "second": 9.0}
+    with pytest.raises(UninformativeWeightsError, match="1 kernels would not show in the outputs: 'first'") as dull:
         rehearsing._verdict(proof, frozenset())
     assert dull.value.seen == {"second"}
     assert rehearsing._verdict(proof, frozenset({"first", "gone"})) == "proven; 2 of 2 kernels seen"
@@ -268,7 +276,7 @@ def test_a_factory_that_hands_out_the_same_model_keeps_it(tmp_path: Path) -> Non
 
 
 def test_composed_in_float64_a_layer_computes_the_bits_of_its_fold() -> None:
-    model = randomise(
+    model = randomize(
         to_doconv(nn.Sequential(nn.Conv2d(16, 32, 3), nn.Conv2d(32, 32, 3, groups=4)), d_mul="2K"), seed=0
     )
     factors, x = [p.clone() for p in model.parameters()], torch.randn(2, 16, 9, 9)
@@ -343,7 +351,7 @@ def test_strict_wants_every_original_exported(nets: Path, monkeypatch: pytest.Mo
 
 def test_a_model_that_does_not_react_is_not_evidence(nets: Path) -> None:
     result = rehearse(f"{nets}:constant")
-    assert result.status == "lively failed"
+    assert result.status == "randomize failed"
     assert command(f"{nets}:constant").exit_code == 3
 
 
@@ -358,7 +366,7 @@ def test_globs() -> None:
         expand(["torchvision:nothing*"])
 
 
-def test_lively_calibrates_batch_norm_and_switches_on_what_is_off() -> None:
+def test_it_calibrates_batch_norm_and_switches_on_what_is_off() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -374,14 +382,14 @@ def test_lively_calibrates_batch_norm_and_switches_on_what_is_off() -> None:
     x = torch.randn(4, 3, 10, 10) * torch.tensor([0.5, 1.0, 2.0, 4.0]).view(4, 1, 1, 1)
     model = to_doconv(Net())
     with pytest.raises(DoconvError, match="differ between samples"):
-        require_lively("Net", [model(x)], 4)
+        require_informative("Net", [model(x)], 4)
     state = torch.random.get_rng_state()
-    make_lively(model, (x,), seed=0)
+    randomize_and_calibrate(model, (x,), seed=0)
     assert torch.equal(state, torch.random.get_rng_state())
-    assert require_lively("Net", [model.eval()(x)], 4) > LIVELY
+    assert require_informative("Net", [model.eval()(x)], 4) > LEAST_SPREAD
     assert float(model.scale.detach().abs().max()) > 0.1
-    normalised = model.norm(model.conv(x)).detach()
-    assert 0.5 < float(normalised.std()) < 2.0
+    normalized = model.norm(model.conv(x)).detach()
+    assert 0.5 < float(normalized.std()) < 2.0
 
 
 def test_spread_of_equal_samples_is_zero() -> None:
