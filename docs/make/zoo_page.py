@@ -19,7 +19,10 @@ NO_D = "convert, no D (1x1)"
 
 
 def read(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not path.exists():
+        return []
+    text = path.read_text().replace("parametrised", "parametrized").replace("quantised", "quantized")  # older rows
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def write_page(data: Path, target: Path) -> None:
