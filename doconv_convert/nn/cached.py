@@ -50,6 +50,15 @@ def cached(model: nn.Module) -> Iterator[None]:
             would recompute with other kernels.
     """
     _refuse(model)
+    with precomposed(model) as entries:
+        yield
+        _require_unchanged(entries)
+        _require_backward(entries)
+
+
+@contextmanager
+def precomposed(model: nn.Module) -> Iterator[dict[int, _Entry]]:
+    """As `cached`, without its questions: every kernel by the id of its W."""
     entries: dict[int, _Entry] = {}
     modules: list[nn.Module] = []
     for path, module in model.named_modules():
@@ -63,9 +72,7 @@ def cached(model: nn.Module) -> Iterator[None]:
             module.__dict__.setdefault("_cached_kernels", {})[kernel.name] = entries[key].cached
             modules.append(module)
     try:
-        yield
-        _require_unchanged(entries)
-        _require_backward(entries)
+        yield entries
     finally:
         for module in modules:
             module.__dict__.pop("_cached_kernels", None)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from doconv_convert.check.outputs.compare import COVERED_ABOVE
 
@@ -106,20 +107,34 @@ def why_uncovered(change: Callable[[int], float | None]) -> str | None:
 
 
 def kernels_read(run: Callable[[], object], kernels: Mapping[str, Tensor]) -> set[str]:
-    """The names of those kernels that are handed to any torch function while `run` runs."""
-    names = {id(kernel): name for name, kernel in kernels.items()}
-    with _Reads() as reads, torch.no_grad():
+    """The names of those kernels whose values any torch function takes while `run` runs."""
+    reads = ReadsOf(kernels)
+    with reads, torch.no_grad():
         run()
-    return {name for key, name in names.items() if key in reads.seen}
+    return reads.names
 
 
-class _Reads(TorchFunctionMode):
-    def __init__(self) -> None:
+class ReadsOf(TorchFunctionMode):
+    """Notes the `names` of those tensors whose values a torch function takes inside its scope."""
+
+    # Of these, all but the first argument say in what form a result is wanted.
+    _FORMS = frozenset({"to", "type_as", "expand_as", "view_as", "reshape_as"})
+    _VALUES = frozenset(
+        {"item", "tolist", "numpy", "__array__", "__float__", "__int__", "__bool__", "equal", "allclose"}
+    )
+    _NEW = ("new_", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.seen: set[int] = set()
+        self.names: set[str] = set()
+        self._names: dict[int, str] = {id(tensor): name for name, tensor in tensors.items()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") != "__get__":
-            self.seen.update(id(value) for value in (*args, *kwargs.values()))
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        gives_values = name in self._VALUES or any(isinstance(leaf, Tensor) for leaf in tree_leaves(result))
+        if gives_values and not name.startswith(self._NEW):  # others give a shape, a dtype, a device
+            read = args[:1] if name in self._FORMS else tree_leaves((args, kwargs))
+            self.names.update(self._names[id(value)] for value in read if id(value) in self._names)
+        return result

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from doconv_convert.check.outputs.compare import Array, relative_error
 from doconv_convert.check.outputs.detections import detection_groups, in_order_of
-from doconv_convert.check.torch_runs.float64 import float64_runs, output_tensors, widened
+from doconv_convert.check.torch_runs.coverage import ReadsOf
+from doconv_convert.check.torch_runs.float64 import Runs, float64_runs, output_tensors, widened
+from doconv_convert.nn.cached import precomposed
 from doconv_convert.rewrite.convert import copy_model
 from doconv_convert.rewrite.fold import fold_in_place
 from doconv_convert.words import listed
@@ -53,10 +55,10 @@ def run_in_float64(
     dtypes = {name: tensor.dtype for name, tensor in _tensors(trained)}
     with widened(trained):
         wide = trained if spend else copy_model(trained)
-        first = float64_runs(trained, inputs)
+        first, reads = _watched_run(trained, inputs)
         truth, groups = output_tensors(first.outputs[0]), detection_groups(first.outputs[0])
         wide = fold_in_place(wide, constant_kernels=constant_kernels, check_first=False).model
-        findings = _cast_findings(dict(_tensors(wide)), dict(_tensors(folded)), dtypes)
+        findings = reads + _cast_findings(dict(_tensors(wide)), dict(_tensors(folded)), dtypes)
         # twice, without a reset between: a network may count its calls, or hold a generator of its own
         again, once_more = map(output_tensors, float64_runs(wide, inputs, runs=2).outputs)
     error, differences = _compare(truth, again, groups)
@@ -64,6 +66,22 @@ def run_in_float64(
     if random is None and (own := _compare(again, once_more, groups)[1]):
         random = f"of two runs in a row, {own[0]}"
     return Float64Runs(truth, error, random, (*findings, *differences))
+
+
+def _watched_run(trained: nn.Module, inputs: Any) -> tuple[Runs, tuple[str, ...]]:
+    """One run, and which W or D it read outside of its layer: there the fold puts the kernel in W's place, which these
+    inputs need not show. Kernels are composed up front, so a layer's own forward reads neither."""
+    by_features = {id(m._parameters["weight"]) for m in trained.modules() if getattr(m, "composition", "") == "feature"}
+    with torch.no_grad(), precomposed(trained) as kernels:
+        factors = {
+            f"{kernel.name} ({part})": tensor
+            for weight, kernel in kernels.items()
+            for part, tensor in zip(("W", "D", "weight_extra"), kernel.factors, strict=False)
+            if isinstance(tensor, Tensor) and weight not in by_features
+        }
+        with ReadsOf(factors) as reads:
+            run = float64_runs(trained, inputs)
+    return run, tuple(f"the network reads '{name}' outside of its layer's convolution" for name in sorted(reads.names))
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
