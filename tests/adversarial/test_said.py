@@ -13,6 +13,8 @@ from support import outputs
 from support_cli import run_cli
 from torch import nn
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+
 CONTROL = "unrepeatable.Control"
 
 
