@@ -319,7 +319,7 @@ def test_training_goes_on_from_a_foreign_checkpoint(tmp_path: Path, dtype: torch
     assert difference(ours.get_parameter("first.D"), expected) <= allowed
     if d_mul is None:
         assert torch.equal(ours.get_parameter("first.D"), net.first.D)  # type: ignore[union-attr]
-        assert torch.equal(ours.get_parameter("first.weight").flatten(2), net.first.W)  # type: ignore[union-attr]
+        assert torch.equal(ours.first.weight_first_slots.flatten(2), net.first.W)  # type: ignore[union-attr]
 
 
 def test_a_layer_left_out_is_folded_and_stays_plain(tmp_path: Path) -> None:
