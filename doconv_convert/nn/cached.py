@@ -6,7 +6,7 @@ kernels each time. Inside the scope they read what was composed on entry; outsid
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -81,12 +81,25 @@ def _refuse(model: nn.Module) -> None:
 
 def _require_unchanged(entries: dict[int, _Entry]) -> None:
     with torch.no_grad():
-        changed = [e.name for e in entries.values() if not torch.equal(compose_kernel(*e.factors), e.cached.kernel)]
+        changed = [
+            entry.name for entry, same in zip(entries.values(), _are_equal(entries.values()), strict=True) if not same
+        ]
     if changed:
         raise DoconvError(
             f"{len(changed)} kernels changed inside cached() ('{changed[0]}', ...): outputs after the change used the "
             "old ones. Step the optimizer after the scope."
         )
+
+
+def _are_equal(entries: Iterable[_Entry]) -> list[bool]:
+    """`torch.equal` of each kernel and its recomposition; a GPU's answers are waited for once, together."""
+    answers: list[bool | Tensor] = []
+    for entry in entries:
+        again, kernel = compose_kernel(*entry.factors), entry.cached.kernel
+        answers.append((again == kernel).all() if kernel.is_cuda else torch.equal(again, kernel))
+    waiting = [answer for answer in answers if isinstance(answer, Tensor)]
+    arrived = iter(torch.stack([answer.to(waiting[0].device) for answer in waiting]).tolist() if waiting else [])
+    return [next(arrived) if isinstance(answer, Tensor) else answer for answer in answers]
 
 
 def _require_backward(entries: dict[int, _Entry]) -> None:
