@@ -151,7 +151,8 @@ def measure(shape: Shape, run: Run, copied: float) -> dict[str, Any]:
 
 def tiles(run: Run, last: bool) -> list[dict[str, Any]]:
     """Microseconds of both kernels, at other tiles: rows x columns, warps; and more or fewer parts of the rows."""
-    kernels: Any = cuda.kernels
+    from doconv_convert.nn import triton_kernels as kernels
+
     shape = Shape(16, 8, 3) if run.dry else Shape(512, 512, 3, channels_last=last)
     sets = [shape.draw(run.device) for _ in range(1 if run.dry else 14)]
     before = kernels.product_tile, kernels.correlation_tile

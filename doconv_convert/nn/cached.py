@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from doconv_convert.errors import DoconvError
-from doconv_convert.nn.composition import compose_kernel
+from doconv_convert.nn.composition import compose_kernels
 from doconv_convert.nn.overlay import read_factors, stored_kernels
 from doconv_convert.nn.stored import CachedKernel, refuse_shards
+
+_Factors = tuple[Tensor, Tensor, Tensor | None, int]
 
 
 @dataclass
@@ -24,7 +26,7 @@ class _Entry:
     """One shared kernel of the scope and who reads it."""
 
     name: str
-    factors: tuple[Tensor, Tensor, Tensor | None, int]
+    factors: _Factors
     cached: CachedKernel
 
 
@@ -50,24 +52,26 @@ def cached(model: nn.Module) -> Iterator[None]:
             would recompute with other kernels.
     """
     _refuse(model)
-    entries: dict[int, _Entry] = {}
-    modules: list[nn.Module] = []
+    found: dict[int, tuple[str, _Factors]] = {}
+    readers: list[tuple[nn.Module, str, int]] = []
     for path, module in model.named_modules():
         for kernel in stored_kernels(module):
             weight, d, extra = read_factors(module, kernel)
-            key = id(weight)
-            if key not in entries:
-                composed = compose_kernel(weight, d, extra, kernel.groups)
-                name = f"{path}.{kernel.name}".lstrip(".")
-                entries[key] = _Entry(name, (weight, d, extra, kernel.groups), CachedKernel(composed))
-            module.__dict__.setdefault("_cached_kernels", {})[kernel.name] = entries[key].cached
-            modules.append(module)
+            found.setdefault(id(weight), (f"{path}.{kernel.name}".lstrip("."), (weight, d, extra, kernel.groups)))
+            readers.append((module, kernel.name, id(weight)))
+    composed = compose_kernels([factors for _, factors in found.values()])
+    entries = {
+        key: _Entry(name, factors, CachedKernel(kernel))
+        for (key, (name, factors)), kernel in zip(found.items(), composed, strict=True)
+    }
+    for module, name, key in readers:
+        module.__dict__.setdefault("_cached_kernels", {})[name] = entries[key].cached
     try:
         yield
         _require_unchanged(entries)
         _require_backward(entries)
     finally:
-        for module in modules:
+        for module, _, _ in readers:
             module.__dict__.pop("_cached_kernels", None)
 
 
@@ -81,9 +85,9 @@ def _refuse(model: nn.Module) -> None:
 
 def _require_unchanged(entries: dict[int, _Entry]) -> None:
     with torch.no_grad():
-        changed = [
-            entry.name for entry, same in zip(entries.values(), _are_equal(entries.values()), strict=True) if not same
-        ]
+        again = compose_kernels([entry.factors for entry in entries.values()])
+        same = _are_equal(zip(again, (entry.cached.kernel for entry in entries.values()), strict=True))
+    changed = [entry.name for entry, equal in zip(entries.values(), same, strict=True) if not equal]
     if changed:
         raise DoconvError(
             f"{len(changed)} kernels changed inside cached() ('{changed[0]}', ...): outputs after the change used the "
@@ -91,15 +95,13 @@ def _require_unchanged(entries: dict[int, _Entry]) -> None:
         )
 
 
-def _are_equal(entries: Iterable[_Entry]) -> list[bool]:
-    """`torch.equal` of each kernel and its recomposition; a GPU's answers are waited for once, together."""
-    answers: list[bool | Tensor] = []
-    for entry in entries:
-        again, kernel = compose_kernel(*entry.factors), entry.cached.kernel
-        answers.append((again == kernel).all() if kernel.is_cuda else torch.equal(again, kernel))
-    waiting = [answer for answer in answers if isinstance(answer, Tensor)]
-    arrived = iter(torch.stack([answer.to(waiting[0].device) for answer in waiting]).tolist() if waiting else [])
-    return [next(arrived) if isinstance(answer, Tensor) else answer for answer in answers]
+def _are_equal(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[bool]:
+    """`torch.equal` of each; the answers of a GPU are waited for once, together."""
+    answers = [(a == b).all() if a.is_cuda else torch.tensor(torch.equal(a, b)) for a, b in pairs]
+    if not answers:
+        return []
+    equal: list[bool] = torch.stack([answer.to(answers[0].device) for answer in answers]).tolist()
+    return equal
 
 
 def _require_backward(entries: dict[int, _Entry]) -> None:
