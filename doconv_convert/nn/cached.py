@@ -14,15 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from doconv_convert.errors import DoconvError
-<<<<<<< HEAD
-from doconv_convert.nn.composition import compose_kernel
+from doconv_convert.nn.composition import compose_kernels
 from doconv_convert.nn.factors import CachedKernel, read_factors, refuse_shards
 from doconv_convert.nn.overlay import stored_kernels
-=======
-from doconv_convert.nn.composition import compose_kernels
-from doconv_convert.nn.overlay import read_factors, stored_kernels
-from doconv_convert.nn.stored import CachedKernel, refuse_shards
->>>>>>> w-gpu
 
 _Factors = tuple[Tensor, Tensor, Tensor | None, int]
 
@@ -58,7 +52,6 @@ def cached(model: nn.Module) -> Iterator[None]:
             would recompute with other kernels.
     """
     _refuse(model)
-<<<<<<< HEAD
     with precomposed(model) as entries:
         yield
         _require_unchanged(entries)
@@ -68,12 +61,8 @@ def cached(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def precomposed(model: nn.Module) -> Iterator[dict[int, _Entry]]:
     """As `cached`, without its questions: every kernel by the id of its W."""
-    entries: dict[int, _Entry] = {}
-    modules: list[nn.Module] = []
-=======
     found: dict[int, tuple[str, _Factors]] = {}
     readers: list[tuple[nn.Module, str, int]] = []
->>>>>>> w-gpu
     for path, module in model.named_modules():
         for kernel in stored_kernels(module):
             weight, d, extra = read_factors(module, kernel)

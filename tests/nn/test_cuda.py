@@ -17,13 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-<<<<<<< HEAD
-from doconv_convert import DOConv2d, cached
-from doconv_convert.nn import composition, native
-=======
 from doconv_convert import DOConv2d, DoconvError, cached
-from doconv_convert.nn import compiled, composition
->>>>>>> w-gpu
+from doconv_convert.nn import composition, native
 from doconv_convert.nn.composition import compose_kernel
 
 if platform.system() != "Linux":
