@@ -37,7 +37,7 @@ def composed(weight: Tensor, d: Tensor, weight_extra: Tensor | None, groups: int
         return None
     if torch.compiler.is_compiling():
         return None if _is_for_others() else compose(weight, d, weight_extra, groups)
-    if native.is_looked_at() or not _are_ordinary(weight, d, weight_extra):
+    if native.is_being_traced() or not _are_ordinary(weight, d, weight_extra):
         return None
     return _Compose.apply(weight, d, weight_extra, groups, None)  # type: ignore[no-any-return]
 
@@ -45,7 +45,7 @@ def composed(weight: Tensor, d: Tensor, weight_extra: Tensor | None, groups: int
 def composed_together(factors: Sequence[Factors]) -> list[Tensor] | None:
     """`composed` of each (weight, D, weight_extra, groups) in one launch a kind of kernel, or None where each is to be
     composed alone: in a CUDA graph too, since the table of addresses is copied from the host, and gone at a replay."""
-    if kernels is None or torch.compiler.is_compiling() or compiled.is_looked_at():
+    if kernels is None or torch.compiler.is_compiling() or native.is_being_traced():
         return None
     device = factors[0][0].device
     served = all(_fit(*each) and _are_ordinary(*each[:3]) and each[0].device == device for each in factors)
@@ -118,7 +118,7 @@ class _Compose(torch.autograd.Function):
         gradient, (weight, d, extra) = gradients[0], ctx.saved_tensors
         serves = (
             not torch.is_grad_enabled()  # else this gradient will be differentiated itself
-            and not native.is_looked_at()
+            and not native.is_being_traced()
             and gradient.dtype == weight.dtype
             and _are_ordinary(gradient, weight, d, extra)
         )
