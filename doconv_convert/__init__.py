@@ -1,4 +1,4 @@
-"""Train with more parameters, ship exactly the network you drew.
+"""Train with more parameters, ship exactly the network you designed.
 
 DO-Conv (Depthwise Over-parameterized Convolution, arXiv 2006.12030): rewrite a PyTorch model's convolutions
 before training, fold them back after it, export to ONNX and prove that nothing changed.

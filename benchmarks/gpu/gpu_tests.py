@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import subprocess
 import sys
 import tempfile
@@ -15,6 +17,7 @@ from on_device import Run
 ROOT = Path(__file__).resolve().parents[2]
 # Not the project's own options: they name plugins that may not be there.
 OPTIONS = ["-o", "addopts=", "--import-mode=importlib", "-m", "gpu", "-v", "--durations=10", "-p", "no:cacheprovider"]
+DRY = ["-k", "not test_commands"]  # tests/cli has them on a CPU
 
 
 def outcome(case: ElementTree.Element) -> tuple[str, str]:
@@ -28,10 +31,14 @@ def main() -> None:
     run = Run(__doc__)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "junit.xml")
-        command = [sys.executable, "-m", "pytest", *OPTIONS, f"--junitxml={report}", "tests/gpu"]
+        # Most of the time goes into Triton's compiler, one processor a kernel.
+        workers = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+        options = [*OPTIONS, *workers, *(DRY if run.dry else []), f"--junitxml={report}"]
+        command = [sys.executable, "-m", "pytest", *options, "tests/gpu"]
         code: int | None
         try:
-            code = subprocess.run(command, cwd=ROOT, timeout=run.left).returncode
+            device = {"GPU_TESTS_DEVICE": run.device.type}
+            code = subprocess.run(command, cwd=ROOT, timeout=run.left, env=os.environ | device).returncode
         except subprocess.TimeoutExpired:
             code = None  # pytest writes its report at the end alone; the log has what passed
         cases = [*ElementTree.parse(report).iter("testcase")] if report.exists() else []

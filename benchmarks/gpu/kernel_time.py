@@ -16,6 +16,7 @@ import torch
 from on_device import Run, quartiles, reported, turns
 from torch import Tensor
 
+from doconv_convert.nn import cuda
 from doconv_convert.nn.composition import compose_kernel
 from doconv_convert.nn.product import by_torch
 
@@ -148,6 +149,48 @@ def measure(shape: Shape, run: Run, copied: float) -> dict[str, Any]:
     }
 
 
+def tiles(run: Run, last: bool) -> list[dict[str, Any]]:
+    """Microseconds of both kernels, at other tiles: rows x columns, warps; and more or fewer parts of the rows."""
+    from doconv_convert.nn import triton_kernels as kernels
+
+    shape = Shape(16, 8, 3) if run.dry else Shape(512, 512, 3, channels_last=last)
+    sets = [shape.draw(run.device) for _ in range(1 if run.dry else 14)]
+    before = kernels.product_tile, kernels.correlation_tile
+    found = []
+    product_tiles = [(8, 128, 4), (16, 128, 4), (16, 128, 8), (32, 128, 8), (16, 64, 4), (32, 64, 4), (16, 256, 8)]
+    correlation_tiles = [(4, 64, 4, 14), (8, 64, 4, 14), (4, 32, 4, 8), (4, 128, 4, 28), (2, 64, 2, 14), (4, 64, 4, 28)]
+
+    def timed(what: dict[str, Any], call: Callable[[Tensor, Tensor, Tensor], Any]) -> None:
+        if run.left < 3 and not run.dry:
+            return
+
+        def all_sets() -> None:
+            for one in sets:
+                call(*one)
+
+        with torch.no_grad():
+            seconds = turns(run, {"x": recorded(run, all_sets)}, 5, 0.003)["x"]
+        found.append({**what, "microseconds": quartiles([1e6 * each / len(sets) for each in seconds], 2)})
+        print(shape.title, found[-1], flush=True)
+
+    try:
+        for rows, columns, warps in product_tiles:
+            tile = kernels.Tile(rows, columns, 1, warps)
+            kernels.product_tile = lambda *_, tile=tile, **__: tile
+            timed({"product": [rows, columns, warps]}, lambda w, d, g: kernels.compose(w, d, None, 1))
+        for unroll, columns, warps, splits in correlation_tiles:
+            tile = kernels.Tile(unroll, columns, 16, warps)
+            kernels.correlation_tile = lambda *_, tile=tile, splits=splits: (tile, splits)
+            out = torch.empty_like(sets[0][1])
+            timed(
+                {"correlation": [unroll, columns, warps, splits]},
+                lambda w, d, g, out=out: kernels._launch_correlation(out, g, w, None, 1),
+            )
+    finally:
+        kernels.product_tile, kernels.correlation_tile = before
+    return found
+
+
 def launched(run: Run, function: Callable[[], Any]) -> float:
     """Seconds until the host is done with it; the card may be at work still."""
     run.wait()
@@ -179,6 +222,14 @@ def main() -> None:
         with reported(failures, shape.title):
             rows.append(measure(shape, run, copied))
         run.write(copy_gb_per_second=round(copied / 1e9, 1), rows=rows, failures=failures, left_out=left_out)
+    others: list[dict[str, Any]] = []
+    for last in (False, True):
+        # On a CPU only Triton's interpreter could run them, and the tests do that.
+        if run.left > 6 and cuda.kernels is not None and not run.dry:
+            with reported(failures, "tiles"):
+                others += [{"channels_last": last, **each} for each in tiles(run, last)]
+    rate = round(copied / 1e9, 1)
+    run.write(copy_gb_per_second=rate, rows=rows, tiles=others, failures=failures, left_out=left_out)
     if failures:
         raise SystemExit(f"{len(failures)} shapes failed")
 

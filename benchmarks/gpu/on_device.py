@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+
+from doconv_convert.nn import composition
 
 
 class Run:
@@ -109,3 +112,14 @@ def reported(failures: list[dict[str, str]], what: str) -> Iterator[None]:
         failures.append({"what": what, "error": f"{type(error).__name__}: {str(error)[:300]}"})
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+@contextmanager
+def torch_operations(_: nn.Module | None = None) -> Iterator[None]:
+    """Compositions in torch's own operations, without the Triton kernels."""
+    before = composition._is_on_gpu
+    composition._is_on_gpu = lambda weight: False
+    try:
+        yield
+    finally:
+        composition._is_on_gpu = before

@@ -2,7 +2,8 @@
 
 A step is forward, loss, backward and SGD with momentum on random images that lie on the card. All arms of a row take
 turns in one process. `tf32`: float32 with TF32 products; `bf16`: autocast, channels_last. The peak of an arm is what
-it holds between two steps (parameters, gradients, momentum) and the most that a step adds to it.
+it holds between two steps (parameters, gradients, momentum) and the most that a step adds to it. `device_us` sums what
+one step of ours spends in each of its kernels on the card: the largest, and all of the composition.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 import torchvision
-from on_device import Run, quartiles, ratios, reported, turns
+from on_device import Run, quartiles, ratios, reported, torch_operations, turns
 from textbook import to_textbook
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -145,6 +146,7 @@ def measure(row: Row, run: Run) -> dict[str, Any]:
         "plain": (plain, nothing),
         "ours": (to_doconv(plain), nothing),
         "textbook": (to_textbook(plain), nothing),
+        "torch": (to_doconv(plain), torch_operations),
     }
     if row.model.startswith("retinanet"):
         models["cached"] = to_doconv(plain), cached
@@ -153,7 +155,18 @@ def measure(row: Row, run: Run) -> dict[str, Any]:
     peaks = {name: one.peak() for name, one in trainers.items()}
     milliseconds = {name: quartiles([1e3 * each for each in values], 3) for name, values in seconds.items()}
     over = {name: ratios(seconds, name, "plain") for name in trainers if name != "plain"}
-    return {"workload": row.title, "milliseconds": milliseconds, "over_plain": over, "peak_bytes": peaks}
+    found = {"workload": row.title, "milliseconds": milliseconds, "over_plain": over, "peak_bytes": peaks}
+    return found if run.dry else {**found, "device_us": device_time(trainers["ours"])}
+
+
+def device_time(trainer: Trainer) -> dict[str, float]:
+    """Microseconds on the card in one step, of each kind of kernel: the 12 largest, and those of the composition."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        trainer.step()
+        torch.cuda.synchronize()
+    spent = {event.key[:80]: round(event.self_device_time_total, 1) for event in profiler.key_averages()}
+    largest = sorted(spent, key=lambda name: -spent[name])[:12]
+    return {name: us for name, us in spent.items() if name in largest or name.startswith(("_product", "_correlation"))}
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from doconv_convert.check.onnx_files.graph_diff import GraphComparison, compare_
 from doconv_convert.check.onnx_files.leftovers import leftover_composition
 from doconv_convert.check.onnx_files.model import onnx_input_shapes
 from doconv_convert.check.onnxruntime_run import check_outputs, check_resized
-from doconv_convert.check.outputs.compare import Array
+from doconv_convert.check.outputs.compare import ONNX_BOUND, Array
 from doconv_convert.check.outputs.expected import FoldRun, ReferenceRun
 from doconv_convert.check.status import Proof, Status
 from doconv_convert.errors import DoconvError
@@ -55,7 +55,10 @@ def with_function(fold: Status, run: FoldRun | None) -> Status:
             "more ways than one layer's convolution; keep that layer out of the conversion with exclude"
         )
         return replace(fold, state="failed", detail=detail, findings=(*fold.findings, *run.findings))
-    return replace(fold, detail=f"{fold.detail}; in float64 the outputs before and after it differ by {run.error:.1e}")
+    detail = f"{fold.detail}; in float64 the outputs before and after it differ by {run.error:.1e}"
+    if run.float32_error is not None and run.float32_error > ONNX_BOUND:
+        detail += f"; the trained network itself, in float32, is off by {run.float32_error:.1e}"
+    return replace(fold, detail=detail)
 
 
 def check_graph(baseline: Path, candidate: Path, *, values: bool = True) -> Status:

@@ -16,7 +16,7 @@ from doconv_convert.cli.verify import verify
 
 app = typer.Typer(
     name="doconv-convert",
-    help="Train a network with over-parameterized convolutions (DO-Conv), ship exactly the network you drew.",
+    help="Train a network with over-parameterized convolutions (DO-Conv), ship exactly the network you designed.",
     epilog="Exit codes: 0 everything asked for succeeded, 1 an error, 2 wrong usage, 3 a check failed.",
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -52,7 +52,7 @@ def root(
         typer.Option("--version", help="Versions to put in a bug report.", callback=_print_versions, is_eager=True),
     ] = False,
 ) -> None:
-    """Train a network with over-parameterized convolutions (DO-Conv), ship exactly the network you drew."""
+    """Train a network with over-parameterized convolutions (DO-Conv), ship exactly the network you designed."""
 
 
 def main() -> None:

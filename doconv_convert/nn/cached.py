@@ -6,7 +6,7 @@ kernels each time. Inside the scope they read what was composed on entry; outsid
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from doconv_convert.errors import DoconvError
-from doconv_convert.nn.composition import compose_kernel
+from doconv_convert.nn.composition import compose_kernels
 from doconv_convert.nn.factors import CachedKernel, read_factors, refuse_shards
 from doconv_convert.nn.overlay import stored_kernels
+
+_Factors = tuple[Tensor, Tensor, Tensor | None, int]
 
 
 @dataclass
@@ -24,7 +26,7 @@ class _Entry:
     """One shared kernel of the scope and who reads it."""
 
     name: str
-    factors: tuple[Tensor, Tensor, Tensor | None, int]
+    factors: _Factors
     cached: CachedKernel
 
 
@@ -59,22 +61,24 @@ def cached(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def precomposed(model: nn.Module) -> Iterator[dict[int, _Entry]]:
     """As `cached`, without its questions: every kernel by the id of its W."""
-    entries: dict[int, _Entry] = {}
-    modules: list[nn.Module] = []
+    found: dict[int, tuple[str, _Factors]] = {}
+    readers: list[tuple[nn.Module, str, int]] = []
     for path, module in model.named_modules():
         for kernel in stored_kernels(module):
             weight, d, extra = read_factors(module, kernel)
-            key = id(weight)
-            if key not in entries:
-                composed = compose_kernel(weight, d, extra, kernel.groups)
-                name = f"{path}.{kernel.name}".lstrip(".")
-                entries[key] = _Entry(name, (weight, d, extra, kernel.groups), CachedKernel(composed))
-            module.__dict__.setdefault("_cached_kernels", {})[kernel.name] = entries[key].cached
-            modules.append(module)
+            found.setdefault(id(weight), (f"{path}.{kernel.name}".lstrip("."), (weight, d, extra, kernel.groups)))
+            readers.append((module, kernel.name, id(weight)))
+    composed = compose_kernels([factors for _, factors in found.values()])
+    entries = {
+        key: _Entry(name, factors, CachedKernel(kernel))
+        for (key, (name, factors)), kernel in zip(found.items(), composed, strict=True)
+    }
+    for module, name, key in readers:
+        module.__dict__.setdefault("_cached_kernels", {})[name] = entries[key].cached
     try:
         yield entries
     finally:
-        for module in modules:
+        for module, _, _ in readers:
             module.__dict__.pop("_cached_kernels", None)
 
 
@@ -88,12 +92,23 @@ def _refuse(model: nn.Module) -> None:
 
 def _require_unchanged(entries: dict[int, _Entry]) -> None:
     with torch.no_grad():
-        changed = [e.name for e in entries.values() if not torch.equal(compose_kernel(*e.factors), e.cached.kernel)]
+        again = compose_kernels([entry.factors for entry in entries.values()])
+        same = _are_equal(zip(again, (entry.cached.kernel for entry in entries.values()), strict=True))
+    changed = [entry.name for entry, equal in zip(entries.values(), same, strict=True) if not equal]
     if changed:
         raise DoconvError(
             f"{len(changed)} kernels changed inside cached() ('{changed[0]}', ...): outputs after the change used the "
             "old ones. Step the optimizer after the scope."
         )
+
+
+def _are_equal(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[bool]:
+    """`torch.equal` of each; the answers of a GPU are waited for once, together."""
+    answers = [(a == b).all() if a.is_cuda else torch.tensor(torch.equal(a, b)) for a, b in pairs]
+    if not answers:
+        return []
+    equal: list[bool] = torch.stack([answer.to(answers[0].device) for answer in answers]).tolist()
+    return equal
 
 
 def _require_backward(entries: dict[int, _Entry]) -> None:

@@ -73,6 +73,17 @@ def compose_kernel(weight: Tensor, d: Tensor, weight_extra: Tensor | None = None
     return kernel.contiguous(memory_format=memory_format(weight))
 
 
+def compose_kernels(factors: Sequence[tuple[Tensor, Tensor, Tensor | None, int]]) -> Iterator[Tensor]:
+    """`compose_kernel` of each (weight, d, weight_extra, groups), one by one; on a GPU in one launch a kind."""
+    if len(factors) > 1 and _is_on_gpu(factors[0][0]):
+        from doconv_convert.nn import cuda
+
+        together = cuda.composed_together(factors)
+        if together is not None:
+            return iter(together)
+    return (compose_kernel(*each) for each in factors)
+
+
 def row_pieces(shape: Sequence[int], groups: int) -> Iterator[tuple[slice, slice, int]]:
     """A kernel of `shape`, (C_out, C_in/g, *kernel_size), in pieces that can be composed one by one: rows of W, rows
     of D, and the groups they make. A piece's numbers stay in a processor's cache, the whole kernel's often do not."""

@@ -8,6 +8,7 @@ gradients follow torch's own operations, as on a CPU; so does whatever the kerne
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
@@ -20,13 +21,14 @@ from doconv_convert.nn import native
 
 kernels: ModuleType | None
 try:
-    from doconv_convert.nn import triton_kernels as kernels
+    from doconv_convert.nn import triton_batch as kernels
 except ImportError:  # torch comes without Triton on some systems
     kernels = None
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICE_TYPES = ("cuda",)
 _MOST = 2**31 - 1  # the kernels' offsets have 32 bits
+Factors = tuple[Tensor, Tensor, Tensor | None, int]
 
 
 def composed(weight: Tensor, d: Tensor, weight_extra: Tensor | None, groups: int) -> Tensor | None:
@@ -35,9 +37,22 @@ def composed(weight: Tensor, d: Tensor, weight_extra: Tensor | None, groups: int
         return None
     if torch.compiler.is_compiling():
         return None if _is_for_others() else compose(weight, d, weight_extra, groups)
-    if native.is_looked_at() or not _are_ordinary(weight, d, weight_extra):
+    if native.is_being_traced() or not _are_ordinary(weight, d, weight_extra):
         return None
-    return _Compose.apply(weight, d, weight_extra, groups)  # type: ignore[no-any-return]
+    return _Compose.apply(weight, d, weight_extra, groups, None)  # type: ignore[no-any-return]
+
+
+def composed_together(factors: Sequence[Factors]) -> list[Tensor] | None:
+    """`composed` of each (weight, D, weight_extra, groups) in one launch a kind of kernel, or None where each is to be
+    composed alone: in a CUDA graph too, since the table of addresses is copied from the host, and gone at a replay."""
+    if kernels is None or torch.compiler.is_compiling() or native.is_being_traced():
+        return None
+    device = factors[0][0].device
+    served = all(_fit(*each) and _are_ordinary(*each[:3]) and each[0].device == device for each in factors)
+    if not served or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return None
+    made = _launch("compose_many", factors)
+    return [_Compose.apply(*each, (kernel,)) for each, kernel in zip(factors, made, strict=True)]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -80,32 +95,36 @@ def _are_ordinary(*tensors: Tensor | None) -> bool:
     )
 
 
-def _launch(name: str, weight: Tensor, *arguments: Any) -> Any:
-    """A function of `triton_kernels`, on weight's device: Triton launches on the current one."""
-    elsewhere = weight.is_cuda and weight.device.index != torch.cuda.current_device()
-    with torch.cuda.device(weight.device) if elsewhere else nullcontext():
-        return getattr(kernels, name)(weight, *arguments)
+def _launch(name: str, *arguments: Any) -> Any:
+    """A function of `kernels` on the device of its tensors: Triton launches on the current one."""
+    device = (arguments[0] if isinstance(arguments[0], Tensor) else arguments[0][0][0]).device
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
+        return getattr(kernels, name)(*arguments)
 
 
 class _Compose(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, d: Tensor, weight_extra: Tensor | None, groups: int) -> Tensor:
+    def forward(
+        ctx: Any, weight: Tensor, d: Tensor, weight_extra: Tensor | None, groups: int, made: tuple[Tensor] | None
+    ) -> Tensor:
+        """`made`: the kernel, where it was composed with others."""
         ctx.save_for_backward(weight, d, weight_extra)
         ctx.groups = groups
-        return _launch("compose", weight, d, weight_extra, groups)  # type: ignore[no-any-return]
+        return made[0] if made else _launch("compose", weight, d, weight_extra, groups)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gradient, (weight, d, extra) = gradients[0], ctx.saved_tensors
         serves = (
             not torch.is_grad_enabled()  # else this gradient will be differentiated itself
-            and not native.is_looked_at()
+            and not native.is_being_traced()
             and gradient.dtype == weight.dtype
             and _are_ordinary(gradient, weight, d, extra)
         )
         if serves:
-            return *_launch("differentiate", weight, gradient, d, extra, ctx.groups), None
-        return *differentiated(weight, gradient, d, extra, ctx.groups), None
+            return *_launch("differentiate", weight, gradient, d, extra, ctx.groups), None, None
+        return *differentiated(weight, gradient, d, extra, ctx.groups), None, None
 
 
 def differentiated(

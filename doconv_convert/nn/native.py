@@ -60,7 +60,7 @@ def is_supported(d: Tensor, groups: int, *kernels: Tensor) -> bool:
     """Whether `compose` takes D and W (`is_supported(d, groups, first)`), or `differentiate` these and a gradient:
     shapes that belong together, (C_out, C_in/g, *size) of K positions and (C_in, K, K) with K <= 16 or depthwise, of
     ordinary tensors on the CPU that nobody is looking at. Everything else is torch's, its errors too."""
-    if is_looked_at() or d.dtype not in LIBRARIES or groups < 1 or d.dim() != 3:
+    if is_being_traced() or d.dtype not in LIBRARIES or groups < 1 or d.dim() != 3:
         return False
     shape, (in_channels, positions, slots) = kernels[0].shape, d.shape
     if (
@@ -90,7 +90,7 @@ def _is_ordinary(tensor: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
-def is_looked_at() -> bool:
+def is_being_traced() -> bool:
     """By a compiler, an exporter, a dispatch mode (fake tensors, make_fx), torch.func or forward-mode gradients: all
     follow torch's operations, and would not see what happens in C. Modes of torch functions do not count: a default
     device is one."""

@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Sequence
-from typing import Any, ClassVar, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, fx, nn
 
 from doconv_convert.errors import DoconvError, UsageError
 from doconv_convert.nn.composition import compose_kernel
+from doconv_convert.nn.counters import share_rules
 from doconv_convert.nn.factors import CachedKernel, StoredKernel, load_factors, renew_d, set_kernel
 from doconv_convert.nn.kernel_view import KernelView, refusal, source_module, view_kernel
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class OverParameterized(nn.Module):
     """What every over-parameterized class mixes in before the class it extends. `stored_kernels` are its kernels."""
 
     stored_kernels: tuple[StoredKernel, ...]
+    plain_class: ClassVar[type[nn.Module]]
     _cached_kernels: dict[str, CachedKernel] | None = None
     __jit_unused_properties__: ClassVar[list[str]] = ["stored_kernels", "qconfig"]
 
@@ -79,6 +84,11 @@ class OverParameterized(nn.Module):
     @qconfig.deleter
     def qconfig(self) -> None:
         self.__dict__.pop("qconfig", None)
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> Self:
+        """As ever; counters of multiply-accumulates look up a layer's class in such a `fn`."""
+        share_rules(type(self), self.plain_class)
+        return super().apply(fn)
 
     def __prepare_scriptable__(self) -> Any:
         """Called by torch.jit.script. Raises DoconvError."""
@@ -224,6 +234,7 @@ def _overlay_class(base: type[nn.Module], kernels: tuple[StoredKernel, ...]) -> 
         "__reduce_ex__": __reduce_ex__,
         "__jit_unused_properties__": unused,
         "_overlay_base": base,
+        "plain_class": base,
         "stored_kernels": kernels,
         **{kernel.name: kernel_property(kernel.name) for kernel in kernels},
         **{kernel.slots_name: slots_property(kernel.name) for kernel in kernels},

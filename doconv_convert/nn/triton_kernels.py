@@ -33,42 +33,67 @@ def _column(m, q, per_group, X: tl.constexpr, LAST: tl.constexpr):
 
 
 @triton.jit
-def _add_product(
-    total,
-    source,
-    d,
-    rows,
-    mask,
-    columns_mask,
-    q,
-    per_group,
-    group,
-    j,
-    d_column,
-    d_step,
-    T: tl.constexpr,
-    LAST: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    """total + sum_t D[c, x, t] source[row, c, t], for rows by columns."""
+def _add_product(total, source, step, d, d_step, mask, columns_mask, T: tl.constexpr, BLOCK_T: tl.constexpr):
+    """total + sum_t D[c, x, t] source[row, c, t], for rows by columns; `source` and `d` point to t = 0."""
     UNROLL: tl.constexpr = T if T <= 12 else 4  # several loads at once under way
-    step = per_group if LAST else 1
-    place = j if LAST else j * T
-    places = (group[None, :] * q + rows[:, None]) * (per_group * T) + place[None, :]
     if BLOCK_T == 1:
         for t in tl.range(0, T, loop_unroll_factor=UNROLL):
-            numbers = tl.load(source + places + t * step, mask, 0.0).to(tl.float32)
-            factors = tl.load(d + d_column + t * d_step, columns_mask, 0.0).to(tl.float32)
+            numbers = tl.load(source + t * step, mask, 0.0).to(tl.float32)
+            factors = tl.load(d + t * d_step, columns_mask, 0.0).to(tl.float32)
             total += numbers * factors[None, :]
     else:  # few rows: D is what there is to read, and neighbors in memory are read together
         for start in range(0, T, BLOCK_T):
             t = start + tl.arange(0, BLOCK_T)
             more = mask[:, :, None] & (t < T)[None, None, :]
-            numbers = tl.load(source + places[:, :, None] + (t * step)[None, None, :], more, 0.0).to(tl.float32)
+            numbers = tl.load(source[:, :, None] + (t * step)[None, None, :], more, 0.0).to(tl.float32)
             here = columns_mask[:, None] & (t < T)[None, :]
-            factors = tl.load(d + d_column[:, None] + (t * d_step)[None, :], here, 0.0).to(tl.float32)
+            factors = tl.load(d[:, None] + (t * d_step)[None, :], here, 0.0).to(tl.float32)
             total += tl.sum(numbers * factors[None, :, :], 2)
     return total
+
+
+@triton.jit
+def product_block(
+    column_block,
+    row_block,
+    out,
+    base,
+    source,
+    extra,
+    d,
+    q,
+    per_group,
+    columns,
+    d_channel,
+    d_number,
+    d_step,
+    X: tl.constexpr,
+    T: tl.constexpr,
+    EXTRA: tl.constexpr,
+    BASE: tl.constexpr,
+    OUT_LAST: tl.constexpr,
+    SOURCE_LAST: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """out[row, c, x] = base[row, c, x] + sum_t D[c, x, t] [source | extra][row, c, t], of T and EXTRA numbers."""
+    m = column_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
+    columns_mask = m < columns
+    mask = (rows < q)[:, None] & columns_mask[None, :]
+    c, x, first, group, j = _column(m, q, per_group, X, OUT_LAST)
+    places = first[None, :] + rows[:, None] * (per_group * X)
+    total = tl.load(base + places, mask, 0.0).to(tl.float32) if BASE else tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
+    channels = (group[None, :] * q + rows[:, None]) * per_group
+    at, step = (channels * T + j[None, :], per_group) if SOURCE_LAST else ((channels + j[None, :]) * T, 1)
+    factors = d + c * d_channel + x * d_number
+    total = _add_product(total, source + at, step, factors, d_step, mask, columns_mask, T, BLOCK_T)
+    if EXTRA > 0:
+        at = (channels + j[None, :]) * EXTRA
+        factors += T * d_step
+        total = _add_product(total, extra + at, 1, factors, d_step, mask, columns_mask, EXTRA, BLOCK_T)
+    tl.store(out + places, total.to(out.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -94,52 +119,12 @@ def _product(
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """out[row, c, x] = base[row, c, x] + sum_t D[c, x, t] [source | extra][row, c, t], of T and EXTRA numbers."""
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    columns_mask = m < columns
-    mask = (rows < q)[:, None] & columns_mask[None, :]
-    c, x, first, group, j = _column(m, q, per_group, X, OUT_LAST)
-    places = first[None, :] + rows[:, None] * (per_group * X)
-    total = tl.load(base + places, mask, 0.0).to(tl.float32) if BASE else tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
-    d_column = c * d_channel + x * d_number
-    total = _add_product(
-        total,
-        source,
-        d,
-        rows,
-        mask,
-        columns_mask,
-        q,
-        per_group,
-        group,
-        j,
-        d_column,
-        d_step,
-        T,
-        SOURCE_LAST,
-        BLOCK_T,
+    """`product_block` of one kernel, a program for each block."""
+    i, j = tl.program_id(0), tl.program_id(1)
+    sizes = q, per_group, columns, d_channel, d_number, d_step
+    product_block(
+        i, j, out, base, source, extra, d, *sizes, X, T, EXTRA, BASE, OUT_LAST, SOURCE_LAST, BLOCK_R, BLOCK_M, BLOCK_T
     )
-    if EXTRA > 0:
-        d_column += T * d_step
-        total = _add_product(
-            total,
-            extra,
-            d,
-            rows,
-            mask,
-            columns_mask,
-            q,
-            per_group,
-            group,
-            j,
-            d_column,
-            d_step,
-            EXTRA,
-            False,
-            BLOCK_T,
-        )
-    tl.store(out + places, total.to(out.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -264,7 +249,7 @@ def _launch_product(
     if out.numel() == 0:
         return
     d_number, d_step = (1, slots) if transposed else (slots, 1)
-    tile = product_tile(q, columns, slots if extra is not None else positions, together=not transposed)
+    tile = product_tile(q, columns, slots if not transposed else positions, together=not transposed)
     _product[(triton.cdiv(columns, tile.columns), triton.cdiv(q, tile.rows))](
         out,
         source if base is None else base,

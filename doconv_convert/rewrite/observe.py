@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from doconv_convert.nn.factors import read_factors
@@ -59,13 +59,14 @@ class Forward:
 
 
 def run_model(model: nn.Module, example_inputs: Any) -> Any:
-    """Call `model` on its example inputs: a tuple or list of positional arguments, a dict of keyword
-    arguments, or one tensor."""
-    if isinstance(example_inputs, Mapping):
-        return model(**example_inputs)
-    if isinstance(example_inputs, (tuple, list)):
-        return model(*example_inputs)
-    return model(example_inputs)
+    """Call `model` on copies of its example inputs, which a forward may change in place: a tuple or list of positional
+    arguments, a dict of keyword arguments, or one tensor."""
+    inputs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, example_inputs)
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(inputs)
 
 
 def watch_forward(model: nn.Module, example_inputs: Any) -> Forward:

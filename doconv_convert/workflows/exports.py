@@ -99,7 +99,7 @@ def export_and_run(
         if len(jobs) == 1:
             return None
         constant = loaded.constant_kernels
-        return torch_sides(trained, folded, inputs, batch, flags, device, constant_kernels=constant, spend=large)
+        return reference_runs(trained, folded, inputs, batch, flags, device, constant_kernels=constant, spend=large)
 
     def read_folded() -> None:
         restore_weights(folded, fold_trained(load_again(loaded), inplace=True).model)
@@ -138,7 +138,7 @@ def _after(read_folded: Callable[[], None], reference: ReferenceRun) -> Referenc
     return replace(reference, alone=alone and run, alone_is_cheap=False)
 
 
-def torch_sides(
+def reference_runs(
     trained: nn.Module,
     folded: nn.Module,
     inputs: Inputs,

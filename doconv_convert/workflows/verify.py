@@ -133,7 +133,7 @@ def _against_torch(candidate: Path, reference: Reference, progress: Progress) ->
     from doconv_convert.rewrite.convert import copy_model
     from doconv_convert.rewrite.fold import fold_in_place
     from doconv_convert.rewrite.tracing import set_eval_mode
-    from doconv_convert.workflows.exports import export_baseline, is_dynamic, torch_sides
+    from doconv_convert.workflows.exports import export_baseline, is_dynamic, reference_runs
     from doconv_convert.workflows.fold_result import describe_layers, fold_status
     from doconv_convert.workflows.rehearsal.randomize import use_every_parameter
 
@@ -164,7 +164,7 @@ def _against_torch(candidate: Path, reference: Reference, progress: Progress) ->
             return _without_weights(candidate, baseline, [t.numpy() for t in inputs.tensors(inputs.export_batch)])
         progress("running both")
         batch = inputs.proof_batch if is_dynamic(baseline) else inputs.export_batch
-        side, resized = torch_sides(opened.model, folded, inputs, batch, flags, device, constant_kernels=constant)
+        side, resized = reference_runs(opened.model, folded, inputs, batch, flags, device, constant_kernels=constant)
         status = fold_status(recipe_sites(opened.model), report)
         proof = prove(candidate, baseline, side, status, resized, reference.min_coverage)
     proof.layers = layers

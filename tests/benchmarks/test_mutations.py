@@ -14,7 +14,7 @@ SCRIPT = ROOT / "benchmarks/evidence/mutations.py"
 
 
 def test_every_kernel_counted_as_covered_really_moved_its_outputs_out_of_bounds() -> None:
-    """SEEN allows for the least that a change of 1e-3 moved, of what was predicted, over the table's kernels."""
+    """COVERED_ABOVE allows for the least of what was predicted that a change of 1e-3 moved, over the table."""
     result = json.loads((ROOT / "docs/data/mutations.json").read_text())
     rows = [row for net in result["mutations"] for row in net["rows"] if row[0].startswith("kernel times")]
     ratios = [moved / predicted for _, _, predicted, _, moved in rows if predicted]

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from doconv_convert import DoconvError, cached, to_doconv
-from doconv_convert.nn import cached as cached_module
-from doconv_convert.nn import layers, overlay
+from doconv_convert.nn import composition, layers, overlay
 from doconv_convert.nn.composition import compose_kernel
 
 # Sums over the same products in another order; the largest difference seen is 5e-16 of the scale.
@@ -59,7 +58,7 @@ def test_same_outputs_and_gradients_with_one_composition_a_kernel(model: nn.Modu
     expected = model(x)
     expected_gradients = gradients(model, expected.square().sum())
     with (
-        patch.object(cached_module, "compose_kernel", wraps=compose_kernel) as once,
+        patch.object(composition, "compose_kernel", wraps=compose_kernel) as once,
         patch.object(layers, "compose_kernel") as layer,
         patch.object(overlay, "compose_kernel") as other,
         cached(model),

@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from doconv_convert import DOConv2d, cached
+from doconv_convert import DOConv2d, DoconvError, cached
 from doconv_convert.nn import composition, native
 from doconv_convert.nn.composition import compose_kernel
 
@@ -242,6 +242,57 @@ def moved(layer: Any) -> Any:
     return layer
 
 
+class Many(nn.Module):
+    """Kernels of three kinds, two of them alike and one used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = moved(DOConv2d(3, 17, 3)), moved(DOConv2d(17, 8, 3))
+        self.grouped = moved(DOConv2d(8, 8, (1, 3), groups=4, d_mul="K+2"))
+        self.depthwise = moved(DOConv2d(8, 8, 3, padding=1, groups=8).to(memory_format=torch.channels_last))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.grouped(self.second(self.first(x))))
+        y: Tensor = self.depthwise(x) + self.depthwise(2 * x)
+        return y
+
+
+@pytest.mark.parametrize("changes", [False, True])
+def test_cached_composes_all_at_once(changes: bool, interpreted: list[str]) -> None:
+    torch.manual_seed(0)
+    model = Many()
+    x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    interpreted.clear()
+
+    def step() -> tuple[Tensor, ...]:
+        with cached(model):
+            gradients = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+            assert interpreted == ["compose_many"] + ["differentiate"] * 4
+            if changes:
+                model.second.D.data[0, 0, 0] += 1e-6
+            return gradients
+
+    if changes:
+        with pytest.raises(DoconvError, match=r"1 kernels changed inside cached\(\) \('second.weight'"):
+            step()
+        return
+    got = step()
+    assert interpreted[-1] == "compose_many"
+    for one, other in zip(got, expected, strict=True):
+        assert error(one, other) <= TOLERANCE  # the depthwise kernel's two gradients are added before and after
+
+
+@pytest.mark.parametrize("more", [0, 2])
+def test_many_kernels_at_once_have_the_bits_of_each(more: int) -> None:
+    given = [factors(shape, more, dtype)[0] for shape in SHAPES[:7] for dtype in (torch.float32, torch.bfloat16)]
+    given += [(in_layout(weight, True), *rest) for weight, *rest in given[:2]]  # type: ignore[misc]
+    several: Any = composition.compose_kernels(given)
+    for one, each in zip(several, given, strict=True):
+        assert torch.equal(one, cuda.kernels.compose(*each))  # type: ignore[union-attr]
+        assert one.stride() == each[0].stride()
+
+
 def counted_flops(weight: Tensor, d: Tensor) -> Tensor:
     with FlopCounterMode(display=False) as counter:
         kernel = compose_kernel(weight, d)
@@ -319,7 +370,7 @@ def test_a_training_step_is_that_of_torch(scope: str, interpreted: list[str], mo
             y = checkpoint(layer, x, use_reentrant=False)
         elif scope == "cached":
             with cached(layer):
-                return list(torch.autograd.grad((layer(x) + layer(x)).square().sum(), leaves))
+                return list(torch.autograd.grad((layer(x) + layer(x)).square().sum(), leaves))  # one: composed alone
         elif scope == "autocast":
             with torch.autocast("cpu", torch.bfloat16):
                 y = layer(x)
@@ -340,15 +391,17 @@ def test_a_training_step_is_that_of_torch(scope: str, interpreted: list[str], mo
 
 
 COMPILES = """
-import itertools, triton
+import triton
+import triton.language as tl
 from triton.compiler import ASTSource
 from triton.backends.compiler import GPUTarget
-from doconv_convert.nn import triton_kernels as kernels
+from doconv_convert.nn import triton_batch, triton_kernels as kernels
 
 def build(function, capability, **constants):
     signature = {name: "constexpr" if name in constants else "i32" for name in function.arg_names}
     pointers = ("out", "base", "source", "extra", "d", "gradient")
     signature |= {name: "*bf16" if name == "d" else "*fp32" for name in pointers if name in signature}
+    signature |= {name: "*i64" for name in ("table", "owners") if name in signature}
     source = ASTSource(fn=function, signature=signature, constexprs=constants)
     assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
 
@@ -360,6 +413,8 @@ for capability, last in ((80, True), (90, False)):
         tile = kernels.product_tile(q, 576, 9, together=True)
         build(kernels._product, capability, X=9, T=9, EXTRA=extra, BASE=True, OUT_LAST=last, SOURCE_LAST=last,
               BLOCK_R=tile.rows, BLOCK_M=tile.columns, BLOCK_T=tile.numbers)
+build(triton_batch._compose_many, 90, X=9, EXTRA=3, LAST=True, W=tl.float32, D=tl.bfloat16, E=tl.float32, FIELDS=8,
+      BLOCK_R=8, BLOCK_M=128, BLOCK_T=1)
 print("compiled")
 """
 
@@ -379,7 +434,7 @@ IMPORTS = """
 import sys, torch
 before = "triton" in sys.modules
 import doconv_convert
-from doconv_convert import DOConv2d, cached
+from doconv_convert import DoconvError, DOConv2d, cached
 layer = DOConv2d(4, 4, 3)
 with cached(layer):
     layer(torch.zeros(1, 4, 5, 5)).sum().backward()

@@ -21,6 +21,7 @@ from support import (
 from torch import Tensor, nn
 
 from doconv_convert import fold, to_doconv
+from doconv_convert.check.torch_runs.exact_start import require_same_start
 
 ZOO = [
     "torchvision:resnet18",
@@ -164,3 +165,17 @@ def test_channels_last_and_train_mode_survive() -> None:
     folded = fold(converted)
     strides = {name: p.stride() for name, p in original.named_parameters()}
     assert {name: p.stride() for name, p in folded.named_parameters()} == strides
+
+
+def test_a_forward_that_changes_its_input_in_place_is_run_on_copies() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x.mul_(2))
+
+    net, x = InPlace(), torch.ones(1, 3, 8, 8)
+    require_same_start(net, to_doconv(net, example_inputs=x), x)
+    assert torch.equal(x, torch.ones_like(x))

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torchvision.models.optical_flow import raft
 
 from doconv_convert import cached, to_doconv
-from doconv_convert.nn import cached as cached_module
-from doconv_convert.nn import layers, overlay
+from doconv_convert.nn import composition, layers, overlay
 from doconv_convert.nn.composition import compose_kernel
 from doconv_convert.nn.overlay import stored_kernels
 
@@ -68,7 +67,7 @@ def test_every_kernel_once_a_forward_and_the_same_gradients(
         loss.backward()
         calls = each.call_count
     with (
-        patch.object(cached_module, "compose_kernel", wraps=compose_kernel) as once,
+        patch.object(composition, "compose_kernel", wraps=compose_kernel) as once,
         patch.object(layers, "compose_kernel") as layer,
         patch.object(overlay, "compose_kernel") as overlaid,
         cached(other),

@@ -34,7 +34,7 @@ class Textbook(nn.Module):
 
 def slots(layer: DOConv2d) -> Tensor:
     """W with all its slots."""
-    first = layer.weight.flatten(2)
+    first = layer.weight_first_slots.flatten(2)
     return first if layer.weight_extra is None else torch.cat([first, layer.weight_extra], 2)
 
 

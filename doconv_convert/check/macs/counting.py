@@ -1,7 +1,7 @@
 """How many multiply-accumulates (MACs) an ONNX graph performs, as exact integers; one MAC is two FLOPs.
 
 The convention is that of torch.utils.flop_counter: convolutions and matrix products count, without their
-biases. What works element by element, reduces, normalizes, pools or resizes does not: `NOT_COUNTED` in mac_rules
+biases. What works element by element, reduces, normalizes, pools or resizes does not: `NOT_COUNTED` in rules
 lists those operators. Every other operator, and a product whose shape is not known before the graph runs, is
 reported as uncounted: nothing is silently zero.
 

@@ -1,6 +1,6 @@
 """One walk over an ONNX graph, which learns its values' types and counts its products.
 
-A node's output types come from ONNX's own shape inference on that node alone (mac_contrib knows onnxruntime's own
+A node's output types come from ONNX's own shape inference on that node alone (ort_operators knows onnxruntime's own
 operators); small constants, the arithmetic with which exporters compute sizes, are evaluated on the way. Weights
 stay unread.
 """

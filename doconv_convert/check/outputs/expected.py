@@ -11,11 +11,13 @@ from doconv_convert.check.outputs.compare import Array
 @dataclass(frozen=True)
 class FoldRun:
     """The trained network against its fold, both in float64: the largest relative `error` of an output; how the network
-    differs from itself, where it does (`random`); what the fold changed (`findings`)."""
+    differs from itself, where it does (`random`); what the fold changed (`findings`). `float32_error` is what fp32
+    torch is off with the trained network as it is, composing its kernels in float32 too."""
 
     error: float = 0.0
     random: str | None = None
     findings: tuple[str, ...] = ()
+    float32_error: float | None = None
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from doconv_convert.check.torch_runs.coverage import (
 from doconv_convert.check.torch_runs.device import full_precision, to_device
 from doconv_convert.check.torch_runs.float64 import output_tensors, run_float64, run_inputs
 from doconv_convert.check.torch_runs.memory import release_weights, return_freed
-from doconv_convert.check.torch_runs.same_function import Float64Runs, run_in_float64
+from doconv_convert.check.torch_runs.same_function import run_in_float64
 from doconv_convert.errors import DoconvError, UsageError
 from doconv_convert.rewrite.discover import discover
 from doconv_convert.rewrite.foreign.authors import authors_sites
@@ -131,20 +131,18 @@ class _Runs:
     kernels: Mapping[str, Tensor]
     detections: list[dict[str, int]]
     samples: int
-    function: Float64Runs
+    fold: FoldRun
 
     @property
     def random(self) -> bool:
-        return self.function.random is not None
+        return self.fold.random is not None
 
     def reference(self) -> ReferenceRun:
         inputs = [_array(leaf) for leaf in tree_leaves(self.inputs) if isinstance(leaf, Tensor)]
         truth = [_array(t) for t in self.truth]
         plain = in_order_of(truth, [_array(p) for p in self.plain], self.detections)
         alone = partial(_alone, self.folded, self.inputs, self.samples)
-        found = self.function
-        fold = FoldRun(found.error, found.random, found.findings)
-        return ReferenceRun(inputs, truth, plain, self.samples, {}, self.detections, alone, fold=fold)
+        return ReferenceRun(inputs, truth, plain, self.samples, {}, self.detections, alone, fold=self.fold)
 
 
 def _alone(folded: nn.Module, inputs: Any, samples: int, count: int) -> list[Any]:
@@ -166,7 +164,7 @@ def _run_both(
     narrow = tree_map(_to_float32, inputs)
     paths = _kernel_paths(folded, trained)
     try:
-        function = run_in_float64(trained, folded, inputs, constant_kernels=constant_kernels, spend=spend)
+        truth, fold = run_in_float64(trained, folded, inputs, constant_kernels=constant_kernels, spend=spend)
     except DoconvError:
         with torch.no_grad():
             run_inputs(folded.float(), narrow)  # inputs that the model does not run on at all are the better reason
@@ -175,10 +173,10 @@ def _run_both(
         release_weights(trained)
     return_freed()
     kernels = _float32_kernels(folded, paths)
-    truth = run_float64(folded, narrow) if half else function.truth
+    truth = run_float64(folded, narrow) if half else truth
     output = run_inputs(folded, narrow)  # after it: what this keeps for the gradients is large
     groups = detection_groups(output)
-    return _Runs(folded, narrow, output_tensors(output), truth, kernels, groups, samples, function)
+    return _Runs(folded, narrow, output_tensors(output), truth, kernels, groups, samples, fold)
 
 
 def _leading(leaf: Any, count: int, samples: int) -> Any:

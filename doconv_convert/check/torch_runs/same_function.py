@@ -8,7 +8,6 @@ made later may hide that, so it is looked for where nothing is rounded but the l
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,11 +16,14 @@ from torch import Tensor, nn
 
 from doconv_convert.check.outputs.compare import Array, relative_error
 from doconv_convert.check.outputs.detections import detection_groups, in_order_of
+from doconv_convert.check.outputs.expected import FoldRun
 from doconv_convert.check.torch_runs.coverage import ReadsOf
 from doconv_convert.check.torch_runs.float64 import Runs, float64_runs, output_tensors, widened
 from doconv_convert.nn.cached import precomposed
 from doconv_convert.rewrite.convert import copy_model
 from doconv_convert.rewrite.fold import fold_in_place
+from doconv_convert.rewrite.observe import run_model
+from doconv_convert.rewrite.tracing import set_eval_mode, undisturbed
 from doconv_convert.words import listed
 
 # The two differ by the order of sums in their kernels' compositions alone.
@@ -29,24 +31,11 @@ FUNCTION_TOLERANCE = 1e-10
 _SHOWN = 5
 
 
-@dataclass(frozen=True)
-class Float64Runs:
-    """`truth`: the trained network's outputs in float64; `error`: how far its fold's are from them, relative.
-
-    `random`: how the network differs from itself, where it does: it has no reference then. `findings`: what of the
-    network's function, or of its shipped weights, is not as the fold's.
-    """
-
-    truth: list[Tensor]
-    error: float
-    random: str | None = None
-    findings: tuple[str, ...] = ()
-
-
 def run_in_float64(
     trained: nn.Module, folded: nn.Module, inputs: Any, *, constant_kernels: bool = False, spend: bool = False
-) -> Float64Runs:
-    """Run `trained` and its fold, both in float64 and in eval mode, on the same inputs.
+) -> tuple[list[Tensor], FoldRun]:
+    """Run `trained` and its fold, both in float64 and in eval mode, on the same inputs: the trained network's outputs,
+    and what was seen of the fold.
 
     The fold is made again, from the widened model and without a cast; `folded`, which is shipped, has to hold its
     tensors, each cast once. `spend` folds `trained` itself, whose values the caller needs no more.
@@ -65,7 +54,22 @@ def run_in_float64(
     random = f"it draws from {' and '.join(first.drawn)}'s random generator" if first.drawn else None
     if random is None and (own := _compare(again, once_more, groups)[1]):
         random = f"of two runs in a row, {own[0]}"
-    return Float64Runs(truth, error, random, (*findings, *differences))
+    narrow = not spend and torch.float32 in dtypes.values()
+    float32_error = _float32_error(trained, inputs, truth, groups) if narrow and random is None else None
+    return truth, FoldRun(error, random, (*findings, *differences), float32_error)
+
+
+def _float32_error(
+    trained: nn.Module, inputs: Any, truth: Sequence[Tensor], groups: Sequence[Mapping[str, int]]
+) -> float | None:
+    """The largest relative error of the trained network as it is, composing its kernels in its own dtype."""
+    with torch.no_grad(), undisturbed(trained):
+        outputs = output_tensors(run_model(set_eval_mode(trained), inputs))
+    pairs = list(zip(*_in_order(truth, outputs, groups), strict=False))
+    errors = [
+        relative_error(got, exact) for exact, got in pairs if exact.dtype.kind == "f" and exact.shape == got.shape
+    ]
+    return max(errors, default=None)
 
 
 def _watched_run(trained: nn.Module, inputs: Any) -> tuple[Runs, tuple[str, ...]]:
@@ -113,8 +117,7 @@ def _compare(
     """The largest relative error of an output, and what is beyond FUNCTION_TOLERANCE, in sentences."""
     if len(truth) != len(got):
         return float("inf"), [f"it has {len(got)} outputs, expected {len(truth)}"]
-    expected = [tensor.detach().cpu().numpy() for tensor in truth]
-    found = in_order_of(expected, [tensor.detach().cpu().numpy() for tensor in got], groups)
+    expected, found = _in_order(truth, got, groups)
     errors = [_error(value, array) for value, array in zip(expected, found, strict=True)]
     told = [
         f"output {index} differs by {error:.1e} of its scale, expected at most {FUNCTION_TOLERANCE:.0e}"
@@ -122,6 +125,14 @@ def _compare(
         if not error <= FUNCTION_TOLERANCE
     ]
     return max(errors, default=0.0), told
+
+
+def _in_order(
+    truth: Sequence[Tensor], got: Sequence[Tensor], groups: Sequence[Mapping[str, int]]
+) -> tuple[list[Array], list[Array]]:
+    """Both as arrays, detections of the second in the order of the first's."""
+    expected, found = ([tensor.detach().cpu().numpy() for tensor in tensors] for tensors in (truth, got))
+    return expected, in_order_of(expected, found, groups)
 
 
 def _error(truth: Array, got: Array) -> float:

@@ -58,7 +58,7 @@ def test_a_faithful_fold_has_no_finding(composition: str, dtype: torch.dtype) ->
     torch.manual_seed(0)
     net = randomize_and_calibrate(to_doconv(plain(), composition=composition), IMAGES, seed=1).to(dtype)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    runs = run_in_float64(net, fold(net), (IMAGES.to(dtype),))
+    _, runs = run_in_float64(net, fold(net), (IMAGES.to(dtype),))
     assert runs.findings == ()
     assert runs.random is None
     assert runs.error <= FUNCTION_TOLERANCE
@@ -79,10 +79,10 @@ def test_a_kernel_read_elsewhere_is_a_finding() -> None:
 def test_a_shipped_weight_that_is_not_the_folds_is_a_finding(change: float) -> None:
     net = trained(plain())
     folded: Any = fold(net)
-    assert run_in_float64(net, folded, (IMAGES,)).findings == ()
+    assert run_in_float64(net, folded, (IMAGES,))[1].findings == ()
     with torch.no_grad():
         folded[3].weight[0, 0, 0, 0] *= change
-    (finding,) = run_in_float64(net, folded, (IMAGES,)).findings
+    (finding,) = run_in_float64(net, folded, (IMAGES,))[1].findings
     assert finding.startswith("'3.weight' of the folded network is not the trained one's")
 
 
@@ -154,7 +154,7 @@ class ReadsMetadata(nn.Module):
 @pytest.mark.parametrize(("net", "count"), [(ReadBehindAGate, 1), (ReadsMetadata, 0)])
 def test_a_read_of_w_is_seen_though_no_output_shows_it(net: type[nn.Module], count: int) -> None:
     model = trained(net())
-    runs = run_in_float64(model, fold(model), (IMAGES,))
+    _, runs = run_in_float64(model, fold(model), (IMAGES,))
     assert runs.error <= FUNCTION_TOLERANCE
     assert len(runs.findings) == count
     assert all("reads 'conv.weight (W)' outside" in finding for finding in runs.findings)
@@ -174,7 +174,7 @@ class Counting(nn.Module):
 
 def test_a_network_that_changes_from_call_to_call_has_no_reference() -> None:
     net = trained(Counting())
-    assert "of two runs in a row" in str(run_in_float64(net, fold(net), (IMAGES,)).random)
+    assert "of two runs in a row" in str(run_in_float64(net, fold(net), (IMAGES,))[1].random)
 
 
 class Rare(nn.Module):
@@ -190,4 +190,4 @@ class Rare(nn.Module):
 
 def test_a_network_that_draws_a_number_has_no_reference() -> None:
     net = trained(Rare())
-    assert run_in_float64(net, fold(net), (IMAGES,)).random == "it draws from torch's random generator"
+    assert run_in_float64(net, fold(net), (IMAGES,))[1].random == "it draws from torch's random generator"
