@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import yaml
-from doconv_convert.artifacts.recipe import FORMAT_VERSION, METADATA_KEY, Recipe
 from safetensors import safe_open
 from support import build_model
 from test_docs import LINK
 
 from doconv_convert import __version__, save, to_doconv
+from doconv_convert.artifacts.checkpoints.recipe import FORMAT_VERSION, METADATA_KEY, Recipe
 
 if sys.version_info >= (3, 11):
     import tomllib

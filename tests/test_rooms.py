@@ -13,6 +13,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "docs/make/rooms.py"
 ROOMS = runpy.run_path(str(SCRIPT))
+PACKAGE = ROOT / "doconv_convert"
+LONGEST = 300  # lines
+LONGER = {"nn/triton_kernels.py"}  # the kernels are read beside what launches them
 WITHOUT_TORCH = """
 import importlib, pkgutil, sys
 
@@ -40,6 +43,14 @@ def copied(folder: Path) -> Path:
 def run_python(*arguments: Any, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=folder, env={"PYTHONPATH": str(folder)}, capture_output=True, text=True)
+
+
+def test_no_file_is_longer_than_a_reader_likes() -> None:
+    lengths = {
+        path.relative_to(PACKAGE).as_posix(): len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")
+    }
+    assert len(lengths) > 100
+    assert {name: lines for name, lines in lengths.items() if lines > LONGEST and name not in LONGER} == {}
 
 
 def test_imports_lead_down_and_in_no_circle() -> None:

@@ -1,7 +1,6 @@
 """What a command shows: text for people, or one JSON document; errors and exit codes.
 
-rich draws for terminals. Into a pipe or a file go plain lines without frames or colors; rich, which takes a
-while to import, is then not loaded.
+Into a pipe or a file go plain lines without rules or colors.
 """
 
 from __future__ import annotations
@@ -15,9 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
-from itertools import zip_longest
 from shutil import get_terminal_size
-from textwrap import wrap
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
@@ -27,6 +25,8 @@ from doconv_convert.errors import CheckFailedError, DoconvError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.containers import Lines
+    from rich.text import Text
 
     from doconv_convert.check.status import Proof, Status
     from doconv_convert.cli.github import GithubReport
@@ -69,7 +69,7 @@ class Output:
     def console(self) -> Console:
         from rich.console import Console
 
-        return Console(stderr=self.as_json)
+        return Console(stderr=self.as_json, force_terminal=None if self.terminal else False)
 
     def say(self, text: str, indent: int = 0) -> None:
         """One paragraph; a terminal gets it broken between words, `indent` columns in from its second line on."""
@@ -110,21 +110,8 @@ class Output:
             self.github.table(head, rows, right)
         if self.quiet:
             return
-        cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
-        columns = get_terminal_size().columns
-        if not self.terminal:
-            typer.echo("\n".join(plain_table(head, cells, right, columns)), err=self.as_json)
-            return
-        from rich.rule import Rule
-        from rich.text import Text
-
-        first, *lines = _laid_out(head, cells, right, columns)
-        self.console.print(Text("".join(first), style="bold"))
-        self.console.print(Rule(style=""), width=sum(map(len, first)))
-        for line in lines:
-            text = Text.assemble(*((cell, _STYLES.get(cell.strip(), "")) for cell in line))
-            text.rstrip()
-            self.console.print(text)
+        for line in _laid_out(self.console, head, rows, right):
+            self.console.print(line, soft_wrap=True)
 
     def proof(self, proof: Proof) -> None:
         """The statuses, a line each with what was found under it, and the verdict."""
@@ -147,48 +134,54 @@ class Output:
         raise typer.Exit(code) from error
 
 
-def plain_table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int], columns: int) -> list[str]:
-    """Aligned lines without colors or frames; the widest texts are folded until a line fits into `columns`."""
-    return ["".join(line).rstrip() for line in _laid_out(head, rows, right, columns)]
-
-
 def _laid_out(
-    head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int], columns: int
-) -> list[list[str]]:
-    """The lines' cells, padded."""
-    widths = [max(len(line) for row in (head, *rows) for line in row[index].split("\n")) for index in range(len(head))]
-    texts = [index for index in range(len(head)) if index not in right]
-    while (excess := sum(widths) + 2 * (len(widths) - 1) - columns) > 0:
-        widest = max(texts, key=lambda index: widths[index])
-        if widths[widest] <= _LEAST_WIDTH:
-            break
-        widths[widest] = max(widths[widest] - excess, _LEAST_WIDTH)
-    lines = []
-    for row in (head, *rows):
-        folded = [_fold(cell, width) for cell, width in zip(row, widths, strict=True)]
-        for line in zip_longest(*folded, fillvalue=""):
-            padded = (
-                cell.rjust(widths[index]) if index in right else cell.ljust(widths[index])
-                for index, cell in enumerate(line)
-            )
-            lines.append([f"  {cell}" if index else cell for index, cell in enumerate(padded)])
-    return lines
+    console: Console, head: Sequence[str], rows: Sequence[Sequence[Any]], right: Sequence[int]
+) -> Iterator[Text]:
+    """Columns two spaces apart; the widest texts are folded until a line fits, numbers never are."""
+    from rich.box import SIMPLE_HEAD
+    from rich.segment import Segment
+    from rich.table import Table
+    from rich.text import Text
 
+    class Cell(Text):
+        """A name that is longer than a line is broken after a dot, '_' or '/' where it has one."""
 
-def _fold(text: str, width: int) -> list[str]:
-    """Lines between words; a name that is longer than a line is broken after a dot, '_' or '/' where it has one."""
-    lines = [line for part in text.split("\n") for line in _words(part, width) or [""]]
-    name = re.compile(rf".{{1,{width}}}$|.{{1,{width - 1}}}[._/]|.{{1,{width}}}")
-    return [part for line in lines for part in (name.findall(line) if len(line) > width else [line])]
+        def wrap(self, console: Console, width: int, **options: Any) -> Lines:
+            part = rf".{{1,{width}}}$|.{{1,{width - 1}}}[._/]|.{{1,{width}}}"
+            folded = re.sub(rf"\S{{{width + 1},}}", lambda name: "\n".join(re.findall(part, name[0])), self.plain)
+            return Text(folded, self.style).wrap(console, width, **options)
 
-
-def _words(text: str, width: int, indent: int = 0) -> list[str]:
-    return wrap(text, width, subsequent_indent=" " * indent, break_on_hyphens=False, break_long_words=False)
+    ruled = console.is_terminal
+    table = Table(
+        box=SIMPLE_HEAD if ruled else None, show_edge=False, pad_edge=False, padding=(0, 1 if ruled else 2, 0, 0)
+    )
+    cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
+    least = 2 * (len(head) - 1)
+    for index, column in enumerate(zip(head, *cells, strict=True)):
+        number = index in right
+        table.add_column(column[0], justify="right" if number else "left", no_wrap=number, overflow="fold")
+        width = max(len(line) for cell in column for line in cell.split("\n"))
+        least += width if number else min(width, _LEAST_WIDTH)
+    for row in cells:
+        table.add_row(*(Cell(cell, _STYLES.get(cell, "")) for cell in row))
+    # rich would cut what does not fit into a console that is narrower than this
+    for line in Segment.split_lines(console.render(table, console.options.update(width=max(console.width, least)))):
+        text = Text.assemble(*((piece.text, piece.style or "") for piece in line))
+        text.rstrip()
+        yield text
 
 
 def _paragraph(text: str, indent: int = 0) -> str:
-    columns = get_terminal_size().columns
-    return "\n".join(line for part in text.split("\n") for line in _words(part, columns, indent) or [""])
+    return "\n".join(
+        fill(
+            part,
+            get_terminal_size().columns,
+            subsequent_indent=" " * indent,
+            break_on_hyphens=False,
+            break_long_words=False,
+        )
+        for part in text.split("\n")
+    )
 
 
 def _with_findings(status: Status) -> str:

@@ -131,13 +131,14 @@ def has_positions(parameter: nn.Parameter) -> bool:
     return parameter.dim() > 2 and parameter.shape[2:].numel() > 1
 
 
-def ancestors(node: fx.Node) -> set[fx.Node]:
-    """The nodes whose *values* reach `node` (itself too); reading a shape or a dtype carries no values."""
+def ancestors(node: fx.Node, *, metadata: bool = False) -> set[fx.Node]:
+    """The nodes whose *values* reach `node` (itself too); reading a shape or a dtype carries no values, and counts
+    with `metadata` only."""
     found: set[fx.Node] = set()
     open_nodes = [node]
     while open_nodes:
         current = open_nodes.pop()
-        if current not in found and not reads_metadata(current):
+        if current not in found and (metadata or not reads_metadata(current)):
             found.add(current)
             open_nodes.extend(current.all_input_nodes)
     return found

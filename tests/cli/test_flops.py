@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from support_cli import run_cli
 
-from doconv_convert.cli.console import plain_table
+from doconv_convert.cli.console import Output
 from doconv_convert.cli.github import SHOWN_ROWS, GithubReport
 
 # Each convolution below: 8 x 3 x 3 x 3 weights at 8 x 8 positions.
@@ -158,15 +158,23 @@ def test_an_annotation_is_one_line_and_a_long_table_is_cut() -> None:
     assert f"| {SHOWN_ROWS} |" not in report.blocks[0]
 
 
-def test_plain_tables_fit_the_width_and_lose_nothing() -> None:
+def test_plain_tables_fit_the_width_and_lose_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    out = Output(as_json=False, quiet=False)
     long = "a_very_long_name/" * 12
-    lines = plain_table(["node", "op", "MACs"], [[long, "com.microsoft.MultiHeadAttention", "1,234"]], [2], 80)
+    out.table(["node", "op", "MACs"], [[long, "com.microsoft.MultiHeadAttention", 1234]], right=[2])
+    lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     assert "".join(line[:30].strip() for line in lines[1:])[: len(long)].startswith(long[:30])
     assert "".join(line.split()[0] for line in lines[1:]) == long
     assert lines[1].endswith("1,234")
-    assert plain_table(["check", "found"], [["macs", "one\ntwo"]], [], 80) == [
-        "check  found",
-        "macs   one",
-        "       two",
-    ]
+    out.table(["check", "found"], [["macs", "one\ntwo"]])
+    assert capsys.readouterr().out.splitlines() == ["check  found", "macs   one", "       two"]
+    monkeypatch.setenv("COLUMNS", "20")  # too narrow for the numbers: longer lines, nothing cut
+    out = Output(as_json=False, quiet=False)
+    out.table(["layer", "added", "MACs"], [["features.10.expand", 123456789, 987654321]], right=[1, 2])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["features.10.", "123,456,789", "987,654,321"]
+    assert lines[2:] == ["expand"]

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from doconv_convert.cli import fold, progress, to_doconv, verify
 from doconv_convert.cli.app import app
-from doconv_convert.cli.console import Output, plain_table
+from doconv_convert.cli.console import Output
 from doconv_convert.versions import LIBRARIES
 
 COLOR = re.compile(r"\x1b\[[\d;]*\b(?:3\d|4\d|9\d|10\d)(?:;[\d;]*)?m")
@@ -66,10 +66,25 @@ def test_every_command_fits_a_terminal_of_80_columns(folder: Path, monkeypatch: 
         assert sum(module._STEPS.values()) == pytest.approx(1)
 
 
-def test_a_name_is_broken_where_it_has_a_joint() -> None:
-    lines = plain_table(["layer", "MACs"], [["backbone.feature_pyramid.inner_blocks.0", "1"]], [1], 30)
-    assert [line.split()[0] for line in lines[1:]] == ["backbone.feature_", "pyramid.inner_blocks.0"]
+def test_a_name_is_broken_where_it_has_a_joint(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    Output(as_json=False, quiet=False).table(
+        ["layer", "MACs"], [["backbone.feature_pyramid.inner_blocks.0", 1234567]], right=[1]
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["backbone.feature_", "1,234,567"]
+    assert [line.split()[0] for line in lines[1:]] == ["backbone.feature_", "pyramid.inner_", "blocks.0"]
     assert max(map(len, lines)) <= 30
+
+
+def test_colors_asked_of_everybody_reach_no_pipe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    Output(as_json=False, quiet=False).table(["check", "state"], [["macs", "failed"]])
+    assert capsys.readouterr().out == "check  state\nmacs   failed\n"
 
 
 def on_terminal(*arguments: str, **environment: str) -> str:

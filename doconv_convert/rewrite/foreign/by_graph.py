@@ -251,7 +251,7 @@ def _merge_padding(own: Any, pad: list[int], mode: str, spatial: int) -> Any:
 def _evaluate(gm: fx.GraphModule, node: Any) -> Tensor:
     """A kernel's or bias's value, computed in float64 on the CPU by running its part of the graph."""
     values: dict[fx.Node, Any] = {}
-    needed = _with_metadata(node)
+    needed = ancestors(node, metadata=True)
 
     def exact(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -288,15 +288,3 @@ class _NoChance(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise _Declined("its kernel is drawn at random")
         return func(*args, **(kwargs or {}))
-
-
-def _with_metadata(node: fx.Node) -> set[fx.Node]:
-    """Every node that `node` needs, reads of shapes included."""
-    found: set[fx.Node] = set()
-    open_nodes = [node]
-    while open_nodes:
-        current = open_nodes.pop()
-        if current not in found:
-            found.add(current)
-            open_nodes.extend(current.all_input_nodes)
-    return found
