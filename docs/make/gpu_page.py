@@ -32,6 +32,7 @@ The fold composes in float64 on the CPU, whatever the device.
 The default test run has the kernels on a CPU, in Triton's interpreter (`tests/nn/test_cuda.py`). What needs the device
 itself (`tests/gpu`) and all measurements are one call of less than eight minutes:
 
+<!-- no-run: it needs a GPU -->
 ```sh
 OUT=docs/data/gpu benchmarks/gpu/run.sh
 ```
