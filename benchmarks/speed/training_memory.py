@@ -65,7 +65,8 @@ def peak(workload: Workload, arm: str) -> int:
 
 def allowed(workload: Workload) -> int:
     model = to_doconv(workload.build())
-    kept = [(m.D, m.weight) for m in model.modules() if isinstance(getattr(m, "D", None), torch.nn.Parameter)]
+    layers = [m for m in model.modules() if isinstance(getattr(m, "D", None), torch.nn.Parameter)]
+    kept = [(layer.D, layer.weight_first_slots) for layer in layers]
     return sum(4 * (3 * d.numel() + weight.numel()) for d, weight in kept)
 
 

@@ -21,6 +21,8 @@ _IN_PLACE = frozenset(
     f"__{name}__"
     for name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
 )
+# What layers do with a kernel: nothing is written, and no view comes out. The way is kept short.
+_CONVOLUTIONS = frozenset((torch.conv1d, torch.conv2d, torch.conv3d))
 _GRAD: Any = Tensor.grad
 _IS_LEAF: Any = Tensor.is_leaf
 
@@ -37,8 +39,11 @@ class _Source:
         return read_factors(self.module, self.kernel)
 
     def _state(self) -> list[tuple[int, int | None]]:
-        tensors = [factor for factor in self.factors if factor is not None]
-        return [(id(factor), None if factor.is_inference() else factor._version) for factor in tensors]
+        factors = [factor for factor in self.factors if factor is not None]
+        try:
+            return [(id(factor), factor._version) for factor in factors]
+        except RuntimeError:  # inference tensors count no versions
+            return [(id(factor), None) for factor in factors]
 
     def refresh(self, always: bool) -> None:
         """Bring `value` up to date, as a plain layer's tensor would be after a step of the optimizer. Version counters
@@ -75,6 +80,10 @@ class KernelView(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _CONVOLUTIONS and len(args) > 1 and isinstance(args[1], KernelView):
+            args[1]._source.refresh(always=False)
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         views = list(_views((*args, *kwargs.values())))
         with torch._C.DisableTorchFunctionSubclass():
             writes = _may_write(func, kwargs)

@@ -182,7 +182,7 @@ def _refuse_closures(model: nn.Module, copied: nn.Module) -> None:
             for function in value.values() if isinstance(value, dict) else (value,):
                 if isinstance(function, FunctionType) and any(id(held) in parts for held in _held_by(function)):
                     raise DoconvError(
-                        f"'{path or type(model).__name__}': {name.strip('_')} is a function that holds layers of the "
+                        f"'{path or type(model).__name__}': {name.strip('_')} is a closure that holds layers of the "
                         "model itself; a copy would go on running the original's. Pass inplace=True, or make it a "
                         "method of the class."
                     )

@@ -77,7 +77,17 @@ def folded_rows(factors: Factors) -> Iterator[tuple[slice, Tensor]]:
                 f"'{name}': kernel and feature composition differ by {error:.1e} of the output's scale in float64, "
                 f"expected at most {FOLD_TOLERANCE:.0e}; nothing was folded. Please report this layer's shapes."
             )
+        _require_range(name, kernel, factors.weight.dtype)
         yield rows, kernel
+
+
+def _require_range(name: str, kernel: Tensor, dtype: torch.dtype) -> None:
+    largest, limit = float(kernel.abs().max()) if kernel.numel() else 0.0, torch.finfo(dtype).max
+    if largest > limit:
+        raise DoconvError(
+            f"'{name}': the folded kernel has values up to {largest:.1e}, beyond the largest finite number of "
+            f"{str(dtype).removeprefix('torch.')}, {limit:.1e}; the weights were damaged in training or in the file."
+        )
 
 
 def _cancellation(factors: Factors, kernel: Tensor) -> float:

@@ -21,7 +21,7 @@ from doconv_convert.nn.factors import read_factors
 from doconv_convert.nn.overlay import stored_kernels
 from doconv_convert.rewrite.fx_graph import composition_nodes, convolution_call, has_positions, parameter_read
 from doconv_convert.rewrite.sites import Reason
-from doconv_convert.rewrite.tracing import undisturbed
+from doconv_convert.rewrite.tracing import set_eval_mode, undisturbed
 from doconv_convert.rewrite.writes import Writes
 
 
@@ -70,7 +70,21 @@ def run_model(model: nn.Module, example_inputs: Any) -> Any:
 
 
 def watch_forward(model: nn.Module, example_inputs: Any) -> Forward:
-    """Run `model` once in eval mode without gradients and report its convolutions; nothing stays changed."""
+    """Run `model` once in eval mode without gradients and report its convolutions; nothing stays changed.
+
+    A forward that runs, but not while it is watched (torch.cond compiles its branches, and no mode may stand by), gives
+    an output and nothing else.
+    """
+    try:
+        return _watched_forward(model, example_inputs)
+    except Exception:
+        forward = Forward()
+        with undisturbed(model), torch.no_grad():
+            forward.output = run_model(set_eval_mode(model), example_inputs)  # the user's own error, where it has one
+        return forward
+
+
+def _watched_forward(model: nn.Module, example_inputs: Any) -> Forward:
     forward = Forward()
     stack: list[nn.Module] = []
     watcher = _Watcher(model, stack, forward, example_inputs)

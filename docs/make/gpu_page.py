@@ -24,13 +24,15 @@ Where a kernel lies on a CUDA device in float32, bfloat16 or float16, contiguous
 [Triton](https://triton-lang.org) kernels compose it and differentiate the composition
 (`doconv_convert/nn/triton_kernels.py`; Triton comes with torch on Linux). They sum in float32 in one fixed order: a
 run repeats to the bit, TF32 changes nothing, and with D = 0 the kernel is W, bit for bit. `torch.compile` sees one
-operator, `doconv_convert::compose`. Exporters, `torch.func`, dispatch modes, gradients of gradients, float64 and
-subclasses of torch's tensor follow torch's own operations, as does everything where Triton is not installed. A process
-without a CUDA tensor never imports Triton. The fold composes in float64 on the CPU, whatever the device.
+operator, `doconv_convert::compose`; [`cached`](training.md) composes all kernels that are alike in one launch.
+Exporters, `torch.func`, dispatch modes, gradients of gradients, float64 and subclasses of torch's tensor follow torch's
+own operations, as does everything where Triton is not installed. A process without a CUDA tensor never imports Triton.
+The fold composes in float64 on the CPU, whatever the device.
 
 The default test run has the kernels on a CPU, in Triton's interpreter (`tests/nn/test_cuda.py`). What needs the device
 itself (`tests/gpu`) and all measurements are one call of less than eight minutes:
 
+<!-- no-run: it needs a GPU -->
 ```sh
 OUT=docs/data/gpu benchmarks/gpu/run.sh
 ```

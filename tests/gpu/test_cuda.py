@@ -47,6 +47,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     monkeypatch.setattr(cuda, "_launch", counted)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     torch.manual_seed(0)
     yield calls
     torch._dynamo.reset()
@@ -132,9 +133,12 @@ def assert_folds_alike(model: nn.Module) -> None:
 
 @layouts
 @pytest.mark.parametrize("precision", ["ieee", "tf32", "bfloat16", "float16"])
-def test_exact_start(precision: str, layout: torch.memory_format, launched: list[str]) -> None:
+def test_exact_start(
+    precision: str, layout: torch.memory_format, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     dtype = getattr(torch, precision, torch.float32)
     before = torch.get_float32_matmul_precision()
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precision == "tf32")
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     try:
         plain = net().to(dtype).to(memory_format=layout)  # type: ignore[call-overload]
@@ -234,7 +238,7 @@ def test_torch_compile(dtype: torch.dtype | None, launched: list[str]) -> None:
     compiled = torch.compile(model, fullgraph=True, backend="inductor" if ON_GPU else "aot_eager")
     losses = train(model, forward=compiled, dtype=dtype)
     assert ("differentiate" in launched) == ON_GPU
-    tolerance = 1e-4 if dtype is None else 3e-2
+    tolerance = 1e-3 if dtype is None else 3e-2
     for one, other in zip(losses, eager, strict=True):
         assert abs(float(one - other)) <= tolerance * max(1.0, abs(float(other)))
     assert_folds_alike(model)
@@ -281,8 +285,8 @@ def test_cached(launched: list[str]) -> None:
     launched.clear()
     with cached(model):
         got = torch.autograd.grad(F.cross_entropy(model(x) + model(x), labels), list(model.parameters()))
-        inside = launched.count("compose")
-    assert inside == 4 * ON_GPU
+        inside = list(launched)
+    assert inside == (["compose_many"] + ["differentiate"] * 4) * ON_GPU
     assert all(difference(one, other) < 1e-4 for one, other in zip(got, expected, strict=True))
 
 

@@ -228,7 +228,7 @@ def test_the_operator_is_all_that_a_compiler_sees(interpreted: list[str]) -> Non
 @pytest.mark.parametrize(("more", "last"), [(0, False), (3, True)], ids=["contiguous", "extra slots, channels_last"])
 def test_the_operator_is_well_formed(more: int, last: bool) -> None:
     """torch's own checks: the schema, the fake implementation's shapes and strides, the autograd registration."""
-    (weight, d, extra, groups), gradient = factors((4, 2, 2, (2, 2)), more)
+    (weight, d, extra, groups), gradient = factors((4, 4, 2, (2, 2)), more)
     weight = in_layout(weight, last)
     leaves = [None if t is None else t.requires_grad_() for t in (weight, d, extra)]
     torch.library.opcheck(torch.ops.doconv_convert.compose.default, (*leaves, groups))

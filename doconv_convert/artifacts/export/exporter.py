@@ -153,7 +153,10 @@ def _name_by_key(model: ir.Model, structure: pytree.TreeSpec | None) -> None:
     taken = {value.name for value in model.graph.inputs} | {
         value.name for node in model.graph for value in node.outputs
     }
-    paths = pytree.tree_flatten_with_path(pytree.tree_unflatten(outputs, structure))[0]
+    try:
+        paths = pytree.tree_flatten_with_path(pytree.tree_unflatten(outputs, structure))[0]
+    except ValueError:  # paths are optional for classes that a library registers
+        return
     for path, value in paths:
         name = "_".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in path)
         if path and isinstance(path[0], pytree.MappingKey) and value.producer() and name not in taken:

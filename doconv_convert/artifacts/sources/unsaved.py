@@ -37,7 +37,9 @@ def require_reproducible(source: Source, model: nn.Module) -> None:
 def unsaved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """By their names: buffers that are not persistent, plain attributes, and what stands in lists, tuples and dicts,
     layers included."""
-    registered = {id(part) for part in (*model.modules(), *model.state_dict(keep_vars=True).values())}
+    saved = model.state_dict(keep_vars=True).values()
+    # a view of a saved tensor has its values, whatever holds it
+    registered = {id(module) for module in model.modules()} | {_memory(tensor) for tensor in saved}
     for path, module in model.named_modules():
         places = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
         places |= {name: value for name, value in vars(module).items() if name not in _TORCHS_OWN}
@@ -46,7 +48,7 @@ def unsaved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _tensors_in(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
-    if id(value) in seen:
+    if id(value) in seen or (isinstance(value, Tensor) and _memory(value) in seen):
         return
     if isinstance(value, Tensor):
         yield name, value
@@ -59,6 +61,13 @@ def _tensors_in(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Te
         inner: dict[Any, Any] = value if isinstance(value, dict) else dict(enumerate(value))
         for key, one in inner.items():
             yield from _tensors_in(one, f"{name}[{key}]", seen | {id(value)})
+
+
+def _memory(tensor: Tensor) -> int:
+    """Where its values lie; an empty tensor, or one without memory, is its own place."""
+    if not isinstance(tensor, Tensor) or not torch._C._has_storage(tensor):
+        return id(tensor)
+    return tensor.untyped_storage().data_ptr() or id(tensor)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -100,7 +100,10 @@ def compare_output(
             if FACTOR * plain_error > CEILING:
                 problem += f"; fp32 torch itself is off by {plain_error:.1e}: the network needs more than float32"
         elif variation <= bound:
-            problem = "is the same for every sample, which shows nothing; pass `input_file` with real samples"
+            problem = "is the same for every sample"
+            if variation:
+                problem = f"differs between samples by {variation:.1e} of its scale, less than the tolerance"
+            problem += ", which shows nothing; pass `input_file` with real samples"
     agreeing = _agreeing(truth, got, samples)
     return OutputCheck(name, tuple(truth.shape), error, plain_error, bound, largest, variation, problem, agreeing)
 

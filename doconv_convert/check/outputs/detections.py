@@ -24,7 +24,11 @@ def detection_groups(output: Any) -> list[dict[str, int]]:
     from torch import Tensor
     from torch.utils._pytree import MappingKey, tree_flatten_with_path
 
-    leaves = [(path, leaf) for path, leaf in tree_flatten_with_path(output)[0] if isinstance(leaf, Tensor)]
+    try:
+        flattened = tree_flatten_with_path(output)[0]
+    except ValueError:  # a registered class without its optional function for paths: no dict of detections
+        return []
+    leaves = [(path, leaf) for path, leaf in flattened if isinstance(leaf, Tensor)]
     groups: dict[str, dict[str, int]] = {}
     for index, (path, _) in enumerate(leaves):
         if path and isinstance(path[-1], MappingKey):

@@ -30,10 +30,12 @@ def run_float64(model: nn.Module, inputs: Any) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Runs:
-    """The outputs, run after run, and the random generators that were drawn from."""
+    """The outputs, run after run; the random generators that were drawn from; and numbers on the modules that the last
+    run left otherwise than the first: what counts its calls."""
 
     outputs: list[Any]
     drawn: tuple[str, ...]
+    counting: tuple[str, ...]
 
 
 def float64_runs(model: nn.Module, inputs: Any, runs: int = 1) -> Runs:
@@ -44,8 +46,12 @@ def float64_runs(model: nn.Module, inputs: Any, runs: int = 1) -> Runs:
         with torch.no_grad(), undisturbed(model), _float64_by_default(), _WidenFloats():
             set_eval_mode(model)
             before = _random_states()
-            outputs = [run_model(model, tree_map(widen, inputs)) for _ in range(runs)]
-            return Runs(outputs, tuple(name for name, state in _random_states().items() if state != before[name]))
+            outputs = [run_model(model, tree_map(widen, inputs))]
+            drawn = tuple(name for name, state in _random_states().items() if state != before[name])
+            numbers = _numbers(model)
+            outputs += [run_model(model, tree_map(widen, inputs)) for _ in range(runs - 1)]
+            counting = tuple(name for name, value in _numbers(model).items() if value != numbers.get(name, value))
+            return Runs(outputs, drawn, counting)
     except Exception as error:  # the user's forward
         raise DoconvError(
             f"{type(model).__name__} does not run in float64, which its outputs are judged by ({type(error).__name__}: "
@@ -93,6 +99,16 @@ def output_tensors(output: Any) -> list[Tensor]:
 
 def widen(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _numbers(model: nn.Module) -> dict[str, Any]:
+    """The plain numbers among the modules' own attributes."""
+    return {
+        f"{path}.{name}".lstrip("."): value
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, int | float)
+    }
 
 
 def _random_states() -> dict[str, str]:

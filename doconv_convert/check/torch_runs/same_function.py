@@ -49,9 +49,12 @@ def run_in_float64(
         wide = fold_in_place(wide, constant_kernels=constant_kernels, check_first=False).model
         findings = reads + _cast_findings(dict(_tensors(wide)), dict(_tensors(folded)), dtypes)
         # twice, without a reset between: a network may count its calls, or hold a generator of its own
-        again, once_more = map(output_tensors, float64_runs(wide, inputs, runs=2).outputs)
+        two = float64_runs(wide, inputs, runs=2)
+        again, once_more = map(output_tensors, two.outputs)
     error, differences = _compare(truth, again, groups)
     random = f"it draws from {' and '.join(first.drawn)}'s random generator" if first.drawn else None
+    if random is None and two.counting:
+        random = f"its forward counts in '{two.counting[0]}', and no checkpoint holds how far training came"
     if random is None and (own := _compare(again, once_more, groups)[1]):
         random = f"of two runs in a row, {own[0]}"
     narrow = not spend and torch.float32 in dtypes.values()

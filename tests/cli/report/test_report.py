@@ -136,7 +136,7 @@ def test_fold_tells_how_far_each_layer_moved(released: tuple[Path, dict[str, Any
     assert list(layers) == ["first", "grouped", "depthwise", "pointwise"]
     for name in ("first", "grouped", "depthwise"):
         conv = trained.get_submodule(name)
-        d, kernel, w = (t.detach().double() for t in (conv.D, conv.effective_kernel(), conv.weight))
+        d, kernel, w = (t.detach().double() for t in (conv.D, conv.effective_kernel(), conv.weight_first_slots))
         identity = torch.eye(d.shape[1], d.shape[2]).expand_as(d)
         assert layers[name]["d_moved"] == pytest.approx(float(d.norm() / identity.norm()), rel=1e-6)
         assert layers[name]["kernel_changed"] == pytest.approx(float((kernel - w).norm() / w.norm()), rel=1e-5)
