@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from doconv_convert.rewrite.foreign.authors import authors_sites, folded_authors_kernel
 from safetensors.torch import load_file
 from support import difference, randomize_and_calibrate, run, varied_images
 from support_cli import run_cli, tiny, tiny_file
@@ -21,6 +20,7 @@ from doconv_convert.artifacts.checkpoints.reading import read_checkpoint
 from doconv_convert.artifacts.checkpoints.unwrap import Selection
 from doconv_convert.errors import CheckFailedError, DoconvError, UsageError
 from doconv_convert.rewrite.fold import fold_in_place
+from doconv_convert.rewrite.foreign.authors import authors_sites, folded_authors_kernel
 from doconv_convert.rewrite.options import Options
 
 # float64; the largest seen was 1e-15.
