@@ -1,5 +1,6 @@
 """The order of the rooms, as the imports tell it; and `check`, which needs no torch outside of `torch_runs`."""
 
+import ast
 import re
 import runpy
 import shutil
@@ -15,6 +16,7 @@ SCRIPT = ROOT / "docs/make/rooms.py"
 ROOMS = runpy.run_path(str(SCRIPT))
 PACKAGE = ROOT / "doconv_convert"
 LONGEST = 300  # lines
+LONGEST_COMMAND = 40  # lines of a function in cli, its signature aside
 LONGER = {"nn/triton_kernels.py"}  # the kernels are read beside what launches them
 WITHOUT_TORCH = """
 import importlib, pkgutil, sys
@@ -114,3 +116,14 @@ def test_the_architecture_page_names_files_that_exist() -> None:
     assert [path for path in inside if not (ROOT / "doconv_convert" / path).is_file()] == []
     beside = re.findall(r"`((?:tests|docs)/[\w/.]+)[` ]", page)
     assert [path for path in beside if not (ROOT / path).exists()] == []
+
+
+def test_a_commands_function_is_short() -> None:
+    """It parses, calls one workflow and prints: what a workflow does is no command's."""
+    lengths = {}
+    for path in (PACKAGE / "cli").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                lengths[f"{path.name}:{node.name}"] = (node.end_lineno or 0) - node.body[0].lineno + 1
+    assert {"fold.py:fold", "demo.py:demo"} <= lengths.keys()
+    assert {name: lines for name, lines in lengths.items() if lines > LONGEST_COMMAND} == {}

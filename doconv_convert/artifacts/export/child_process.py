@@ -1,30 +1,21 @@
 """One export in a process of its own: an exporter's memory and crashes stay there.
 
-`python -m doconv_convert.artifacts.export.child_process` reads an ExportJob as JSON from stdin and answers on stdout.
-A fresh interpreter, not a fork: OpenMP's threads do not survive forking.
+`python -m doconv_convert.artifacts.export.child_process` is asked with an ExportJob (`json_process.py`).
 """
 
 from __future__ import annotations
 
-import importlib
-import json
 import logging
-import os
-import signal
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain, repeat
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from doconv_convert.artifacts.export.job import ExportJob
+from doconv_convert.artifacts.export.json_process import JsonProcess, ProcessDied, serve
 from doconv_convert.artifacts.sources.source import build
 from doconv_convert.errors import DoconvError, UsageError
 
@@ -36,11 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# torch gives back little memory: a fresh process takes over after so many exports.
-_JOBS_A_PROCESS = 8
 
-
-class Child:
+class Child(JsonProcess):
     """A process that exports: it imports torch while the caller is still busy, and takes one job after another.
 
     With `reuse` it lives on after a job, else `export_in_child` closes it; a closed one starts anew when needed.
@@ -48,66 +36,19 @@ class Child:
 
     def __init__(self, *, reuse: bool = False) -> None:
         self.reuse = reuse
-        self._jobs = 0
-        self._start()
+        # An export is Python's work, not OpenMP's: threads of several processes only wait for each other, spinning.
+        super().__init__("doconv_convert.artifacts.export.child_process", OMP_NUM_THREADS="1")
 
     def export(self, job: ExportJob) -> ExportReport:
         """Raises what `export_onnx` and `build` raise, and DoconvError where the process dies, with its last words."""
-        if self._process.poll() is not None:
-            self._start()
-        answer = self._ask(json.dumps(job.to_json()))
-        self._jobs += 1
-        if not answer:
-            raise _death(job, *self._end())
-        if self._jobs == _JOBS_A_PROCESS:
-            self.close()
-        fields = json.loads(answer)
+        try:
+            fields = self.ask(job.to_json())
+        except ProcessDied as died:
+            hint = "; out of memory? use a smaller input, or fewer at a time" if died.out_of_memory else ""
+            raise DoconvError(f"the process that exports '{job.source.text}' to '{job.path}' {died}{hint}") from None
         if "report" not in fields:
             raise UsageError(fields["usage"]) if "usage" in fields else DoconvError(fields["error"])
         return _report_from_json(fields["report"])
-
-    def close(self) -> None:
-        """Ends the process, in the middle of a job too."""
-        self._process.kill()
-        self._end()
-
-    def _start(self) -> None:
-        # the parent's import path and nothing else: a folder `timm` where the user stands must not win
-        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-        self._words = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (a pipe could fill up)
-        self._jobs = 0
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "doconv_convert.artifacts.export.child_process"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._words,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-            # An export is Python's work, not OpenMP's: threads of several processes only wait for each other, spinning.
-            env=os.environ
-            | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"},
-        )
-
-    def _ask(self, line: str) -> str:
-        """The answer's line; empty where the process died."""
-        questions, answers = self._process.stdin, self._process.stdout
-        if questions is None or answers is None:
-            return ""
-        with suppress(BrokenPipeError):
-            questions.write(line + "\n")
-            questions.flush()
-        return answers.readline()
-
-    def _end(self) -> tuple[int, str]:
-        """The exit code of the process that ends, and what it said."""
-        with suppress(BrokenPipeError):
-            self._process.communicate()
-        if self._words.closed:
-            return self._process.returncode, ""
-        with self._words:
-            self._words.seek(0)
-            return self._process.returncode, self._words.read()
 
 
 @contextmanager
@@ -145,38 +86,17 @@ def export_in_child(
         return list(threads.map(run, jobs, chain(waiting, repeat(None))))
 
 
-def main() -> None:
-    """The child: a job a line on stdin, an answer a line on stdout. An expected error is an answer too, the rest a
-    traceback on stderr."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what an exporter or a model prints must not get among the answers
-    jobs: SimpleQueue[str] = SimpleQueue()
-    Thread(target=_listen, args=(jobs,), daemon=True).start()
-    # This takes seconds, and the job may still be in the making.
-    importlib.import_module("doconv_convert.artifacts.export.exporter")
-    while True:
-        line = jobs.get()
+def _prepare() -> Callable[[Any], dict[str, Any]]:
+    """The child: an expected error is an answer too."""
+    import doconv_convert.artifacts.export.exporter  # noqa: F401 (takes seconds)
+
+    def answer(job: Any) -> dict[str, Any]:
         try:
-            answer: dict[str, Any] = {"report": asdict(_export(ExportJob.from_json(json.loads(line))))}
+            return {"report": asdict(_export(ExportJob.from_json(job)))}
         except DoconvError as error:
-            answer = {"usage" if isinstance(error, UsageError) else "error": str(error)}
-        print(json.dumps(answer), file=answers, flush=True)
+            return {"usage" if isinstance(error, UsageError) else "error": str(error)}
 
-
-def _listen(jobs: SimpleQueue[str]) -> None:
-    """Passes the lines of stdin on. Its end is the parent's: an export that nobody waits for must not go on."""
-    for line in sys.stdin:
-        jobs.put(line)
-    os._exit(0)
-
-
-def _death(job: ExportJob, code: int, said: str) -> DoconvError:
-    end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    # the kernel's answer to a machine without free memory
-    hint = "; out of memory? use a smaller input, or fewer at a time" if code == -9 else ""
-    words = [line.strip() for line in said.splitlines() if line.strip()]
-    last = words[-1] if words else "it said nothing"
-    return DoconvError(f"the process that exports '{job.source.text}' to '{job.path}' {end}: {last}{hint}")
+    return answer
 
 
 def _export(job: ExportJob) -> ExportReport:
@@ -222,4 +142,4 @@ def _report_from_json(data: Mapping[str, Any]) -> ExportReport:
 
 
 if __name__ == "__main__":
-    main()
+    serve(_prepare)

@@ -255,13 +255,10 @@ def _require(model: ir.Model, opset: int | None, asked: Mapping[str, Axes]) -> N
 
 
 def _is_or_holds_a_detector(module: nn.Module) -> bool:
-    from torchvision.models.detection import FCOS, RetinaNet  # type: ignore[import-untyped]
-    from torchvision.models.detection.generalized_rcnn import (  # type: ignore[import-untyped]
-        GeneralizedRCNN,
-    )
-    from torchvision.models.detection.ssd import SSD  # type: ignore[import-untyped]
+    from torchvision.models import detection  # type: ignore[import-untyped]
 
-    return any(isinstance(part, (GeneralizedRCNN, RetinaNet, FCOS, SSD)) for part in module.modules())
+    detectors = (detection.generalized_rcnn.GeneralizedRCNN, detection.RetinaNet, detection.FCOS, detection.ssd.SSD)
+    return any(isinstance(part, detectors) for part in module.modules())
 
 
 def _cannot_export(module: nn.Module, error: BaseException) -> DoconvError:

@@ -13,7 +13,6 @@ and everything else are its own; reading the kernel composes it from the tensors
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch.nn.utils import parametrize
 
 from doconv_convert.errors import CheckFailedError, DoconvError
 from doconv_convert.rewrite.fold_kernels import FOLD_TOLERANCE, probe_scale, relative_distance
-from doconv_convert.rewrite.sites import site_name
+from doconv_convert.rewrite.sites import Owner
 
 
 def authors_kernel(w: Tensor, d: Tensor, identity: Tensor) -> Tensor:
@@ -87,17 +86,8 @@ class Scaled(nn.Module):
         return value * self.mul
 
 
-@dataclass(frozen=True)
-class AuthorsSite:
-    """One kernel that is composed by the authors' formula: its owner's path and module, its name there."""
-
-    path: str
-    module: nn.Module
-    kernel: str
-
-    @property
-    def name(self) -> str:
-        return site_name(self.path, self.kernel)
+class AuthorsSite(Owner):
+    """One kernel that is composed by the authors' formula."""
 
     @property
     def factors(self) -> tuple[Tensor, AuthorsKernel]:

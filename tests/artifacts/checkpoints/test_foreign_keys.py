@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from doconv_convert.rewrite.foreign.by_graph.authors import authors_sites, folded_authors_kernel
 from safetensors.torch import load_file
 from support import difference, randomize_and_calibrate, run, varied_images
 from support_cli import run_cli, tiny, tiny_file
@@ -21,6 +20,7 @@ from doconv_convert.artifacts.checkpoints.reading import read_checkpoint
 from doconv_convert.artifacts.checkpoints.unwrap import Selection
 from doconv_convert.errors import CheckFailedError, DoconvError, UsageError
 from doconv_convert.rewrite.fold import fold_in_place
+from doconv_convert.rewrite.foreign.authors import authors_sites, folded_authors_kernel
 from doconv_convert.rewrite.options import Options
 
 # float64; the largest seen was 1e-15.
@@ -263,7 +263,7 @@ def test_two_compositions_that_disagree_are_seen(monkeypatch: pytest.MonkeyPatch
     folded_authors_kernel("a", layer.W, layer.D, layer.d_diag, None)
     wrong = layer.kernel().detach().flatten(2).roll(1)
     with monkeypatch.context() as patched:
-        patched.setattr("doconv_convert.rewrite.foreign.by_graph.authors.authors_kernel", lambda *_: wrong)
+        patched.setattr("doconv_convert.rewrite.foreign.authors.authors_kernel", lambda *_: wrong)
         with pytest.raises(CheckFailedError, match="'a': kernel and feature composition differ"):
             folded_authors_kernel("a", layer.W, layer.D, layer.d_diag, None)
 

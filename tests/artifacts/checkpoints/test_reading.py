@@ -261,6 +261,28 @@ def test_a_pickles_memory_table_stays_small(tmp_path: Path) -> None:
         read(tmp_path / "d")
 
 
+# The state (None, {"chunks": 7}) for the class TensorStorageMetadata, not for one of its instances.
+STATE_OF_A_CLASS = (
+    b"\x80\x02ctorch.distributed.checkpoint.metadata\nTensorStorageMetadata\nN}X\x06\x00\x00\x00chunksK\x07s\x86b."
+)
+
+
+def test_metadata_changes_no_class(tmp_path: Path) -> None:
+    class Own:
+        pass
+
+    class Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
+        def find_class(self, module: str, name: str) -> Any:
+            return Own
+
+    assert Unpickler(io.BytesIO(STATE_OF_A_CLASS)).load().chunks == 7  # the control: any other class takes it
+    assert Own.chunks == 7  # type: ignore[attr-defined]
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / ".metadata").write_bytes(STATE_OF_A_CLASS)
+    with pytest.raises(DoconvError, match=r"cannot be read \(TypeError: .*__setstate__"):
+        read(tmp_path / "d")
+
+
 class Calls:
     """A pickle of this calls a function."""
 

@@ -14,6 +14,7 @@ from torchvision.models import list_models
 from typer.testing import CliRunner, Result
 
 from doconv_convert import DoconvError, UsageError, fold, to_doconv
+from doconv_convert.artifacts.export import json_process
 from doconv_convert.artifacts.sources.source import build, parse_source
 from doconv_convert.artifacts.sources.zoos import expand
 from doconv_convert.check.status import Proof
@@ -21,7 +22,6 @@ from doconv_convert.cli.app import app
 from doconv_convert.nn.layers import fold_kernel
 from doconv_convert.rewrite import fold_kernels
 from doconv_convert.workflows.rehearsal import rehearse as rehearsing
-from doconv_convert.workflows.rehearsal import workers
 from doconv_convert.workflows.rehearsal.randomize import (
     LEAST_SPREAD,
     UninformativeWeightsError,
@@ -209,14 +209,14 @@ def deadly():
 def test_processes_are_replaced_and_a_killed_one_is_its_models_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers, "MODELS_A_PROCESS", 1)
+    monkeypatch.setattr(json_process, "ANSWERS_A_PROCESS", 1)
     (tmp_path / "nets.py").write_text(DEADLY)
     names = ["first", "deadly", "second", "third"]
     shown = command(*[f"{tmp_path}/nets.py:{name}" for name in names], "--jobs", 2, "--no-export", "--json")
     assert shown.exit_code == 3, shown.output
     status = {m["source"].rpartition(":")[2]: m["status"] for m in json.loads(shown.stdout)["models"]}
     assert status == {name: "process failed" if name == "deadly" else "passed" for name in names}
-    assert "its process was killed; out of memory?" in shown.stdout
+    assert "its process was killed by SIGKILL: it said nothing; out of memory?" in shown.stdout
 
 
 ORPHAN = """
