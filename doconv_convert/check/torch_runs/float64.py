@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from doconv_convert.check.torch_runs.device import full_precision
 from doconv_convert.errors import DoconvError, UsageError
 from doconv_convert.rewrite.observe import run_model
 from doconv_convert.rewrite.tracing import set_eval_mode, undisturbed
@@ -43,7 +44,7 @@ def float64_runs(model: nn.Module, inputs: Any, runs: int = 1) -> Runs:
     random states are as before then. Raises DoconvError where the model does not run in float64."""
     buffers = [(buffer, buffer.data.clone()) for buffer in model.buffers()]  # a forward may write into these
     try:
-        with torch.no_grad(), undisturbed(model), _float64_by_default(), _WidenFloats():
+        with full_precision(), torch.no_grad(), undisturbed(model), _float64_by_default(), _WidenFloats():
             set_eval_mode(model)
             before = _random_states()
             outputs = [run_model(model, tree_map(widen, inputs))]

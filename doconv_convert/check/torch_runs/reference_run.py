@@ -61,10 +61,12 @@ def reference_run(
     takes the kernels as the fold rounded them. With `spend` the trained model gives its values up as soon as its
     outputs are known.
     """
+    models = trained.to(device), set_eval_mode(folded).to(device)
+    runs = _run_both(*models, to_device(inputs, device), samples, constant_kernels, spend)
+    if runs.random:
+        return runs.reference()
     with full_precision():
-        models = trained.to(device), set_eval_mode(folded).to(device)
-        runs = _run_both(*models, to_device(inputs, device), samples, constant_kernels, spend)
-        return runs.reference() if runs.random else _with_coverage(models[1], runs)
+        return _with_coverage(models[1], runs)
 
 
 def resized_reference_run(
@@ -88,7 +90,7 @@ def resized_reference_run(
         if not any(sizes):
             return None
         try:
-            with full_precision(), torch.no_grad():
+            with torch.no_grad():
                 arguments = to_device(inputs.resized(sizes).arguments(samples), device)
                 models = trained.to(device), set_eval_mode(folded).to(device)
                 return _run_both(*models, arguments, samples, constant_kernels).reference()
@@ -148,8 +150,7 @@ class _Runs:
 def _alone(folded: nn.Module, inputs: Any, samples: int, count: int) -> list[Any]:
     """The float64 outputs of the first `count` samples by themselves."""
     first = tree_map(lambda leaf: _leading(leaf, count, samples), inputs)
-    with full_precision():
-        return [_array(t) for t in run_float64(folded, first)]
+    return [_array(t) for t in run_float64(folded, first)]
 
 
 def _run_both(
@@ -166,7 +167,7 @@ def _run_both(
     try:
         truth, fold = run_in_float64(trained, folded, inputs, constant_kernels=constant_kernels, spend=spend)
     except DoconvError:
-        with torch.no_grad():
+        with full_precision(), torch.no_grad():
             run_inputs(folded.float(), narrow)  # inputs that the model does not run on at all are the better reason
         raise
     if spend:
@@ -174,7 +175,8 @@ def _run_both(
     return_freed()
     kernels = _float32_kernels(folded, paths)
     truth = run_float64(folded, narrow) if half else truth
-    output = run_inputs(folded, narrow)  # after it: what this keeps for the gradients is large
+    with full_precision():
+        output = run_inputs(folded, narrow)  # after it: what this keeps for the gradients is large
     groups = detection_groups(output)
     return _Runs(folded, narrow, output_tensors(output), truth, kernels, groups, samples, fold)
 

@@ -18,6 +18,7 @@ from doconv_convert.check.outputs.compare import Array, relative_error
 from doconv_convert.check.outputs.detections import detection_groups, in_order_of
 from doconv_convert.check.outputs.expected import FoldRun
 from doconv_convert.check.torch_runs.coverage import ReadsOf
+from doconv_convert.check.torch_runs.device import full_precision
 from doconv_convert.check.torch_runs.float64 import Runs, float64_runs, output_tensors, widened
 from doconv_convert.nn.cached import precomposed
 from doconv_convert.rewrite.convert import copy_model
@@ -66,7 +67,7 @@ def _float32_error(
     trained: nn.Module, inputs: Any, truth: Sequence[Tensor], groups: Sequence[Mapping[str, int]]
 ) -> float | None:
     """The largest relative error of the trained network as it is, composing its kernels in its own dtype."""
-    with torch.no_grad(), undisturbed(trained):
+    with full_precision(), torch.no_grad(), undisturbed(trained):
         outputs = output_tensors(run_model(set_eval_mode(trained), inputs))
     pairs = list(zip(*_in_order(truth, outputs, groups), strict=False))
     errors = [
