@@ -17,6 +17,7 @@ from support_cli import run_cli
 from support_docs import PAGES, ROOT, blocks, offline_weights, run, runnable, visible
 
 from doconv_convert.artifacts.export import child_process
+from doconv_convert.artifacts.export import job as job_module
 
 # ImageNet's networks, or several processes.
 SLOW = {"README", "ci", "deployment", "fine_tuning", "lightning", "report", "timm_script", "torchrun"}
@@ -60,9 +61,9 @@ def in_process(code: str) -> None:
             assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
 
 
-def absolute(job: child_process.ExportJob) -> child_process.ExportJob:
+def absolute(job: job_module.ExportJob) -> job_module.ExportJob:
     """For an exporting child that is still in the folder of the test that started it."""
-    paths = {name: Path(value).absolute() for name in child_process._PATHS if (value := getattr(job, name)) is not None}
+    paths = {name: Path(value).absolute() for name in job_module._PATHS if (value := getattr(job, name)) is not None}
     text = str(Path(job.source.text).absolute()) if job.source.kind == "file" else job.source.text
     return replace(job, source=replace(job.source, text=text), **paths)
 

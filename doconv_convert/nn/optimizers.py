@@ -12,7 +12,9 @@ from torch.fx import GraphModule
 from doconv_convert.errors import CheckFailedError, UsageError
 from doconv_convert.nn.composition import compose_kernel
 from doconv_convert.nn.overlay import stored_kernels
-from doconv_convert.words import counted, listed
+from doconv_convert.words import counted
+
+_SHOWN = 8
 
 
 def param_groups(
@@ -94,7 +96,8 @@ layers: '0.D'. Build it after the conversion, from model.parameters() or param_g
     missing = [name for name, p in trainable if id(p) not in held]
     if not missing:
         return
-    names = listed([f"'{name}'" for name in missing])
+    names = ", ".join(f"'{name}'" for name in missing[:_SHOWN])
+    more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
     strangers = len(held - {id(p) for p in model.parameters()})
     before = (
         f" It holds {counted(strangers, 'other parameter')} that the model does not have, as an optimizer "
@@ -102,7 +105,7 @@ layers: '0.D'. Build it after the conversion, from model.parameters() or param_g
     )
     raise CheckFailedError(
         f"The optimizer does not hold {len(missing)} of {len(trainable)} trainable parameters of the converted layers: "
-        f"{names}.{before if strangers else ''} Build it after the conversion, from model.parameters() or "
+        f"{names}{more}.{before if strangers else ''} Build it after the conversion, from model.parameters() or "
         "param_groups(model)."
     )
 

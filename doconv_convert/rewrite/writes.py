@@ -28,11 +28,13 @@ _VIEWS = frozenset(
 
 
 class Writes(TorchFunctionMode):
-    """Notes every parameter of `model` that is written inside (`written`, by id) and gives it back its values."""
+    """Notes every parameter and buffer of `model` that is written inside (`written`, by id) and gives it back its
+    values."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._parameters = {_memory(p): p for p in model.parameters() if not p.is_meta and _memory(p)}
+        held = (*model.parameters(), *model.buffers())  # a trace counts the batches of norms that it enters
+        self._tensors = {_memory(t): t for t in held if not t.is_meta and _memory(t)}
         self._saved: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     @property
@@ -45,7 +47,7 @@ class Writes(TorchFunctionMode):
         if target is None and args and _writes(func):
             target = args[0]
         for tensor in target if isinstance(target, (list, tuple)) else (target,):
-            parameter = self._parameters.get(_memory(tensor)) if isinstance(tensor, Tensor) else None
+            parameter = self._tensors.get(_memory(tensor)) if isinstance(tensor, Tensor) else None
             if parameter is not None and id(parameter) not in self._saved:
                 values = parameter.data
                 self._saved[id(parameter)] = parameter, values, values.clone()

@@ -197,7 +197,7 @@ def test_a_file_that_is_wrong_at_other_sizes_alone_fails(tmp_path: Path) -> None
 def test_devices() -> None:
     assert find_device("cpu").type == "cpu"
     for text in ("tpu?", "meta"):
-        with pytest.raises(UsageError, match="--device"):
+        with pytest.raises(UsageError, match="`device`"):
             find_device(text)
     if not torch.cuda.is_available():
         with pytest.raises(DoconvError, match=r"'cuda'.*0 CUDA devices; use cpu"):

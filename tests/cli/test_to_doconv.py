@@ -13,7 +13,7 @@ from torch import nn
 from doconv_convert import load, to_doconv
 from doconv_convert.artifacts.sources.source import build, parse_source
 from doconv_convert.check.torch_runs import exact_start
-from doconv_convert.rewrite import convert
+from doconv_convert.workflows import convert
 
 
 @pytest.mark.parametrize("source", ["torchvision:mobilenet_v2", "torchvision:shufflenet_v2_x0_5", "timm:resnet10t"])
@@ -96,10 +96,10 @@ def test_what_is_converted_already_stays_as_it_is(tmp_path: Path) -> None:
 
 def test_a_start_that_differs_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By one bit of one weight."""
-    real = convert.to_doconv
+    real = convert.convert_copy
 
-    def wrong(model: nn.Module, **options: Any) -> nn.Module:
-        converted = real(model, **options)
+    def wrong(*arguments: Any) -> nn.Module:
+        converted = real(*arguments)
         with torch.no_grad():
             bias = converted.get_parameter("head.bias")
             bias[0] = torch.nextafter(bias[0], torch.tensor(1.0))
@@ -108,7 +108,7 @@ def test_a_start_that_differs_is_not_written(tmp_path: Path, monkeypatch: pytest
     out = tmp_path / "out"
     out.mkdir()
     (out / "a.safetensors").write_bytes(b"old")
-    monkeypatch.setattr(convert, "to_doconv", wrong)
+    monkeypatch.setattr(convert, "convert_copy", wrong)
     result = run_cli("to-doconv", f"{tiny_file(tmp_path)}:tiny", "-o", out / "a.safetensors")
     assert result.exit_code == 1
     assert "outputs differ from the original's, expected the same bits; nothing was written" in result.stderr

@@ -141,9 +141,9 @@ def check_against_textbook(case: Case) -> None:
         device="meta",
     )
     x = case.image().requires_grad_()
-    kernel = textbook_kernel(by_kernel.weight, by_kernel.D, by_kernel.weight_extra, case.groups)
+    kernel = textbook_kernel(by_kernel.weight_first_slots, by_kernel.D, by_kernel.weight_extra, case.groups)
     reference = conv._conv_forward(x, kernel, by_kernel.bias)
-    assert difference(by_kernel._conv_forward(x, by_kernel.weight, by_kernel.bias), reference) > MOVED
+    assert difference(by_kernel._conv_forward(x, by_kernel.weight_first_slots, by_kernel.bias), reference) > MOVED
     expected = gradients(by_kernel, reference, x)
     assert difference(by_kernel.effective_kernel(), kernel) <= TOLERANCE
     for layer in (by_kernel, by_features):
@@ -208,13 +208,13 @@ def test_the_kernel_is_laid_out_like_the_weight(memory_format: torch.memory_form
 @pytest.mark.parametrize("d_mul", ["K", "K+3"])
 def test_a_kernel_composed_in_pieces(d_mul: str, groups: int, numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layer: Any = randomize(Case(channels=8, groups=groups, d_mul=d_mul).layer(), seed=0)
-    parts = layer.weight, layer.D, layer.weight_extra, groups
+    parts = layer.weight_first_slots, layer.D, layer.weight_extra, groups
     whole = compose_kernel(*parts)  # with gradients, never in pieces
-    assert difference(whole, layer.weight) > MOVED
+    assert difference(whole, layer.weight_first_slots) > MOVED
     monkeypatch.setattr(composition, "PIECE", numbers)
     pieces = list(row_pieces(layer.weight.shape, groups))
     assert [row for rows, _, _ in pieces for row in range(rows.start, rows.stop)] == list(range(16))
-    row = layer.weight[0].numel()
+    row = layer.weight_first_slots[0].numel()
     assert all((rows.stop - rows.start) * row <= max(numbers, row) for rows, _, _ in pieces)
     assert numbers not in (1, 10**6) or len(pieces) == {1: 16, 10**6: 1}[numbers]
     with torch.no_grad():
@@ -226,11 +226,11 @@ def test_composition_is_never_in_half_precision(dtype: torch.dtype) -> None:
     layer: Any = DOConv2d(4, 6, 3, d_mul="K+3").to(dtype)
     with torch.no_grad():
         layer.D.fill_(1e-3)
-    wide = compose_kernel(layer.weight.float(), layer.D.float(), layer.weight_extra.float())
+    wide = compose_kernel(layer.weight_first_slots.float(), layer.D.float(), layer.weight_extra.float())
     with torch.autocast("cpu", torch.bfloat16):
         kernel = layer.effective_kernel()
     assert kernel.dtype == dtype
-    assert not torch.equal(kernel, layer.weight)
+    assert not torch.equal(kernel, layer.weight_first_slots)
     assert torch.equal(kernel, wide.to(dtype))
 
 
@@ -246,7 +246,7 @@ def textbook_macs(case: Case, x: Tensor, composition: str) -> int:
     layer: Any = case.layer(composition=composition)
     spatial, groups = len(case.kernel), case.groups
     convolve: Any = getattr(F, f"conv{spatial}d")
-    w = torch.cat([t for t in (layer.weight.flatten(2), layer.weight_extra) if t is not None], 2)
+    w = torch.cat([t for t in (layer.weight_first_slots.flatten(2), layer.weight_extra) if t is not None], 2)
     with FlopCounterMode(display=False) as counter:
         if composition == "feature":
             d = layer.D.transpose(1, 2).reshape(-1, 1, *case.kernel)
@@ -255,7 +255,7 @@ def textbook_macs(case: Case, x: Tensor, composition: str) -> int:
         else:
             split = w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)  # (C_in, C_out/g, D_mul)
             torch.bmm(split, layer.D.transpose(1, 2))
-            convolve(x, layer.weight, groups=groups)
+            convolve(x, layer.weight_first_slots, groups=groups)
     return int(counter.get_total_flops()) // 2
 
 
@@ -297,7 +297,7 @@ def test_the_layer_knows_its_name() -> None:
 def test_the_convolution_of_the_textbook_is_torchs() -> None:
     """The reference's own footing: at D = 0 the textbook kernel is `weight`."""
     layer: Any = Case(groups=2).layer()
-    kernel = textbook_kernel(layer.weight, layer.D, None, 2)
-    assert torch.equal(kernel, layer.weight)
+    kernel = textbook_kernel(layer.weight_first_slots, layer.D, None, 2)
+    assert torch.equal(kernel, layer.weight_first_slots)
     x = Case().image()
     assert torch.equal(F.conv2d(x, kernel, layer.bias, padding=1, groups=2), layer(x))
