@@ -11,7 +11,7 @@ from doconv_convert.check.outputs.expected import ReferenceRun
 from doconv_convert.check.status import State, Status
 from doconv_convert.words import counted
 
-NOT_TAKEN = "it did not run: these inputs take another branch, or it only runs in training"
+NOT_TAKEN = "it did not run; the file has branches, and these inputs take another branch"
 
 
 def check_coverage(reference: ReferenceRun, graph_state: State, fold_state: State, minimum: float = 0.0) -> Status:

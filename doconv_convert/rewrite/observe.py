@@ -77,7 +77,9 @@ def watch_forward(model: nn.Module, example_inputs: Any) -> Forward:
     """
     try:
         return _watched_forward(model, example_inputs)
-    except Exception:
+    except Exception as error:
+        if not type(error).__module__.startswith("torch._dynamo"):
+            raise
         forward = Forward()
         with undisturbed(model), torch.no_grad():
             forward.output = run_model(set_eval_mode(model), example_inputs)  # the user's own error, where it has one

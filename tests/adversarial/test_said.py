@@ -102,12 +102,14 @@ def rehearse(net: str) -> tuple[int, Any]:
     return result.exit_code, json.loads(result.stdout)["models"][0]
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize("net", ["objects.Registered", "hidden.InPlace"])
 def test_a_right_net_passes_its_rehearsal(net: str) -> None:
     code, said = rehearse(net)
     assert (code, said["status"]) == (0, "passed"), said["steps"]
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize("net", ["unrepeatable.Noise", "unrepeatable.Dropout", "unrepeatable.CallCount"])
 def test_a_rehearsal_names_a_net_that_differs_from_itself(net: str) -> None:
     code, said = rehearse(net)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import difference, is_d, make_lively, randomise, varied_images
+from support import difference, is_d, randomize, randomize_and_calibrate, varied_images
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -279,7 +279,7 @@ def test_cuda_graphs(launched: list[str]) -> None:
 
 def test_cached(launched: list[str]) -> None:
     model = to_doconv(net())
-    randomise(model, 0)
+    randomize(model, 0)
     x, labels = images()
     expected = torch.autograd.grad(F.cross_entropy(model(x) + model(x), labels), list(model.parameters()))
     launched.clear()
@@ -305,7 +305,7 @@ def test_gradients_of_gradients() -> None:
 def test_functions_of_functions() -> None:
     """torch.func, per-sample gradients too, and an exported program that needs nothing of ours."""
     model = to_doconv(net()).eval()
-    randomise(model, 0)
+    randomize(model, 0)
     x, labels = images(4)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
 
@@ -381,7 +381,7 @@ def test_commands(tmp_path: Path) -> None:
 
     command("to-doconv", source, "-o", "start.safetensors", folder=tmp_path)
     model = to_doconv(build(parse_source(source)).eval())
-    make_lively(model, varied_images(8, 3, 32, 32), 0)
+    randomize_and_calibrate(model, varied_images(8, 3, 32, 32), 0)
     save(model, tmp_path / "trained.safetensors", source=source)
     folded = command("fold", "trained.safetensors", "--model", source, "--onnx", "out.onnx", folder=tmp_path)
     assert folded["proven"] is True
