@@ -191,3 +191,17 @@ class Rare(nn.Module):
 def test_a_network_that_draws_a_number_has_no_reference() -> None:
     net = trained(Rare())
     assert run_in_float64(net, fold(net), (IMAGES,))[1].random == "it draws from torch's random generator"
+
+
+def test_a_network_that_is_half_precision_in_part_is_run_in_float64_alone() -> None:
+    net = half_in_part()
+    _, runs = run_in_float64(net, fold(net), (IMAGES,))
+    assert runs.findings == ()
+    assert runs.float32_error is None
+
+
+def half_in_part() -> nn.Module:
+    """A float16 convolution before a float32 norm, which float32 images do not fit."""
+    net = trained(plain())
+    net[0].half()  # type: ignore[index, operator]
+    return net
