@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from doconv_convert.check.coverage import check_coverage, with_branches
-from doconv_convert.check.macs.counting import MacCount, compare_counts, count_macs, describe_count
+from doconv_convert.check.macs.counting import count_macs
+from doconv_convert.check.macs.figures import compare_counts, describe_count
+from doconv_convert.check.macs.result import MacCount
 from doconv_convert.check.onnx_files.graph_diff import GraphComparison, compare_graphs
 from doconv_convert.check.onnx_files.leftovers import leftover_composition
 from doconv_convert.check.onnx_files.model import onnx_input_shapes

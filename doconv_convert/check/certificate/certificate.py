@@ -17,7 +17,7 @@ from platform import python_version
 from typing import TYPE_CHECKING, Any
 
 from doconv_convert.check.certificate.side_file import describe_inputs, describe_outputs, write_reference
-from doconv_convert.check.macs.counting import MacCount
+from doconv_convert.check.macs.result import MacCount
 from doconv_convert.check.onnx_files.model import external_files, onnx_input_shapes
 from doconv_convert.check.outputs.expected import ReferenceRun
 from doconv_convert.check.proof import dynamic_sizes

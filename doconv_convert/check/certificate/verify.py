@@ -15,7 +15,9 @@ import numpy as np
 from doconv_convert.artifacts.sources.samples import in_order, read_samples
 from doconv_convert.check.certificate.certificate import file_hashes, read_certificate
 from doconv_convert.check.certificate.side_file import Expected, array_hash, compare_with, read_arrays
-from doconv_convert.check.macs.counting import MacCount, NodeMacs, compare_counts, count_macs, describe_count
+from doconv_convert.check.macs.counting import count_macs
+from doconv_convert.check.macs.figures import compare_counts, describe_count
+from doconv_convert.check.macs.result import MacCount, NodeMacs
 from doconv_convert.check.onnxruntime_run import retry_in_float64
 from doconv_convert.check.outputs.compare import Array
 from doconv_convert.check.outputs.session import OnnxSession

@@ -10,7 +10,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from doconv_convert.check.macs import counting as macs_module
-from doconv_convert.check.macs.counting import MacCount, NodeMacs, compare_counts, count_macs, format_macs, parse_macs
+from doconv_convert.check.macs.counting import count_macs
+from doconv_convert.check.macs.figures import compare_counts, format_macs, parse_macs
+from doconv_convert.check.macs.result import MacCount, NodeMacs
 from doconv_convert.errors import DoconvError, UsageError
 
 Dims = list[int | str | None]
