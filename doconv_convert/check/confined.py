@@ -1,9 +1,9 @@
 """Work on files of unknown origin in a process of its own, with limits on its time and memory.
 
 A file of a few bytes can ask for any amount of work, and onnx and onnxruntime are native code that some files crash.
-`python -m doconv_convert.check.confined` calls functions of this package by name (`json_process.py`): their arguments and
-results are JSON. Importing this imports neither onnx nor onnxruntime, so that a caller can be busy while the process
-starts. Where the system has no such limits (Windows), time is limited alone.
+`python -m doconv_convert.check.confined` calls functions of this package by name (`json_process.py`), whose arguments
+and results are JSON. Importing this imports neither onnx nor onnxruntime, so that a caller can be busy while the
+process starts. Where the system has no such limits (Windows), time is limited alone.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 from doconv_convert.artifacts.export.json_process import JsonProcess, ProcessDied, serve
 from doconv_convert.errors import CheckFailedError, DoconvError, UsageError
 
-# The largest of 1,500 counts in docs/data/hostile.json's corpus that ended by itself took 2 s.
-SECONDS = 20.0
+# A file of 100,000 nodes takes 4 s.
+SECONDS = 12.0
 # Waiting (for a disk, for other processes) is no work, but has an end, too.
-_WAITING = 8.0
+_WAITING = 12.0
 # Of address space: Python, onnx and numpy take 0.25 GiB of it, a file while it is read three times its size.
 BYTES = 900 * 2**20
 _TIMES_SIZE = 3

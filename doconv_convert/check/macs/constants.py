@@ -1,8 +1,9 @@
 """The arithmetic with which exporters compute sizes, on small constants, as onnxruntime does it.
 
 Only what has one result on every machine is evaluated: integers, booleans and finite float32. What onnxruntime and
-others compute differently (a cast of infinity or of what does not fit, a division by zero, an overflow of float32) stays
-unknown, and so does every operator that is not listed. `tests/check/macs/test_constants.py` holds each against onnxruntime.
+others compute differently (a cast of infinity or of what does not fit, a division by zero, an overflow of float32)
+stays unknown, and so does every operator that is not listed. `tests/check/macs/test_constants.py` holds each against
+onnxruntime.
 """
 
 from collections.abc import Callable, Mapping, Sequence

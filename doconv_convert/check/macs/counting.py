@@ -56,7 +56,7 @@ def count_macs(model: ModelSource, dims: Mapping[str, int] | None = None, ignore
         raise DoconvError(f"{file} cannot be counted: {error}") from error
     except RecursionError as error:
         raise DoconvError(f"{file} cannot be counted: its functions or subgraphs are nested too deeply") from error
-    except (LookupError, ValueError, TypeError, ArithmeticError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         detail = "a node lacks an input or attribute, or has one of another kind"
         raise DoconvError(f"{file} cannot be counted: {detail}; see what onnx.checker says of it") from error
     uncounted = {op: number for op, number in count.uncounted.items() if op not in ignore}

@@ -126,7 +126,11 @@ class Scope:
 
     def add_constant(self, node: onnx.NodeProto) -> None:
         """The value of a Constant node, in whichever of its attributes it stands."""
-        name, value = node.output[0], helper.get_attribute_value(node.attribute[0])
+        name = node.output[0]
+        self.forget(name)
+        if len(node.attribute) > 1:  # which one is taken depends on the runtime
+            return
+        value = helper.get_attribute_value(node.attribute[0])
         if isinstance(value, onnx.SparseTensorProto):
             self.add_sparse(name, value)
         elif isinstance(value, TensorProto):

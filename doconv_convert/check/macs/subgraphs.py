@@ -123,6 +123,8 @@ def _turns(
     values are collected along a new dimension 0. `decided`: the claim on which the turns depend."""
     for output in node.output:
         scope.forget(output)
+    if decided is None:  # a claim on what is carried is one on everything in the next turn
+        decided = inner.claim(after for _, after in carried)
     stable = all(inner.size(before) == inner.size(after) for before, after in carried)
     made_by = [after for _, after in carried] + [value.name for value in stacked]
     for output, name in zip(node.output, made_by, strict=False):

@@ -112,7 +112,7 @@ class Walk:
             macs = rule(node, shapes(node, scope))
             if macs < 0:
                 raise ArithmeticError
-        except (LookupError, ArithmeticError, ValueError, TypeError):  # a shape is unknown or does not fit the operator
+        except (LookupError, ArithmeticError, AttributeError, ValueError, TypeError):  # a shape is unknown or no match
             return MacCount((), {op: 1})
         parameters = sum(scope.weights.get(node.input[i], 0) for i in positions if i < len(node.input))
         if contrib is not None and contrib.packed:
@@ -134,10 +134,7 @@ class Walk:
             [numpy_helper.from_array(value, name) for name, value in constants.items()],
         )
         model = helper.make_model(graph, opset_imports=self.opsets)
-        # an operator that onnx does not know, attributes that do not fit, types that contradict each other
-        with suppress(shape_inference.InferenceError, RuntimeError, ValueError, TypeError):
-            inferred = shape_inference.infer_shapes(model)
-            scope.types.update((value.name, value.type) for value in inferred.graph.output)
+        scope.types.update(_inferred(model))
         if node.op_type in ("Shape", "Size") and (shape := scope.shape(node.input[0])) is not None:
             cut = slice(attribute(node, "start", 0), attribute(node, "end", None))
             value = prod(shape) if node.op_type == "Size" else shape[cut]
@@ -180,6 +177,18 @@ class Walk:
             return body.nodes([_with_attributes(one, given) for one in function.node], function.value_info, inner)
         finally:
             self.work.active.pop()
+
+
+def _inferred(model: onnx.ModelProto) -> Iterable[tuple[str, onnx.TypeProto]]:
+    """The types of a one-node model's outputs; none for an operator that onnx does not know, attributes that do not
+    fit, types that contradict each other: its native code throws many kinds of errors."""
+    try:
+        inferred = shape_inference.infer_shapes(model)
+    except (RecursionError, MemoryError):
+        raise
+    except Exception:
+        return ()
+    return [(value.name, value.type) for value in inferred.graph.output]
 
 
 def shapes(node: onnx.NodeProto, scope: Scope) -> ShapeOf:
