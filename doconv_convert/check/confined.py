@@ -23,8 +23,8 @@ from doconv_convert.errors import CheckFailedError, DoconvError, UsageError
 SECONDS = 12.0
 # Waiting (for a disk, for other processes) is no work, but has an end, too.
 _WAITING = 12.0
-# Of address space: Python, onnx and numpy take 0.25 GiB of it, a file while it is read three times its size.
-BYTES = 900 * 2**20
+# Python, onnx and numpy take 60 MB of these, a file while it is read three times its size.
+BYTES = 800 * 2**20
 _TIMES_SIZE = 3
 _KINDS = {"usage": UsageError, "failed": CheckFailedError, "error": DoconvError}
 _PACKAGE = "doconv_convert."
@@ -116,7 +116,7 @@ def _limit(seconds: float, size: int) -> None:
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_CPU, int(spent + seconds) + 1),
         (resource.RLIMIT_FSIZE, 1 << 26),
-        (resource.RLIMIT_AS, size),
+        (resource.RLIMIT_DATA, size),  # not the address space: threads reserve much of it and use little
     ):
         hard = resource.getrlimit(kind)[1]
         with suppress(ValueError, OSError):  # the system's own limit is lower, or it has none of this kind

@@ -47,6 +47,7 @@ def verify(
     constant_kernels: o.ConstantKernels = False,
     device: o.Device = "cpu",
     min_coverage: o.MinCoverage = 0.0,
+    timeout: o.Timeout = None,
     graph_only: Annotated[
         bool, typer.Option("--graph-only", help="Pass on equal graphs and MACs where a SOURCE has no weights.")
     ] = False,
@@ -72,7 +73,8 @@ def verify(
                 )
             from doconv_convert.check.certificate.verify import verify_certificate
 
-            _show(shown, verify_certificate(candidate, certificate, input_file), report, enough=False)
+            proof = verify_certificate(candidate, certificate, input_file, timeout)
+            _show(shown, proof, report, enough=False)
             return
         from doconv_convert.workflows.verify import Reference, verify_file
 
@@ -89,6 +91,7 @@ def verify(
             input_file=input_file,
             device=device,
             min_coverage=min_coverage,
+            timeout=timeout,
             layers=as_json or report is not None,
         )
         o.announce_code(shown, against, model)

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from platform import python_version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from doconv_convert.check.certificate.side_file import describe_inputs, describe_outputs, write_reference
 from doconv_convert.check.macs.result import MacCount
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 FORMAT = "doconv-convert certificate"
 VERSION = 1
+# A network of 10,000 layers has one of 10 MiB.
+MOST_BYTES = 1 << 26
+MOST_DIGITS = 40
 SCHEMA = Path(__file__).with_name("certificate.schema.json")
 
 
@@ -84,11 +88,21 @@ def read_certificate(path: Path) -> dict[str, Any]:
     of a later version.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise DoconvError(f"the certificate '{path}' cannot be read: it is not a regular file.")
+        if path.stat().st_size > MOST_BYTES:
+            raise DoconvError(f"'{path}' is no certificate: it has more than {MOST_BYTES >> 20} MiB.")
         data = path.read_bytes()
     except OSError as error:
         raise DoconvError(f"the certificate '{path}' cannot be read ({error.strerror}).") from error
     try:
-        content = json.loads(data.decode("utf-8"), parse_constant=_no_number)
+        content = json.loads(
+            data.decode("utf-8"),
+            parse_constant=_no_number,
+            parse_float=_finite,
+            parse_int=_integer,
+            object_pairs_hook=_without_doubles,
+        )
     except (ValueError, RecursionError) as error:
         raise CheckFailedError(f"'{path}' is not JSON: it was changed after it was written ({error}).") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -115,9 +129,28 @@ def digest(content: Mapping[str, Any]) -> str:
     return f"sha256:{hashlib.sha256(canonical.encode('ascii')).hexdigest()}"
 
 
-def _no_number(text: str) -> None:
-    """Python reads NaN and Infinity, which JSON does not have."""
+def _no_number(text: str) -> NoReturn:
+    """NaN and Infinity, which JSON does not have, and what Python makes of 1e999."""
     raise ValueError(f"'{text}' is no number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _no_number(text)
+
+
+def _integer(text: str) -> int:
+    """No MACs, sizes or versions have so many digits, and Python refuses to print a number of some thousands."""
+    return int(text) if len(text) <= MOST_DIGITS else _no_number(f"{text[:10]}...")
+
+
+def _without_doubles(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Readers of JSON differ in which of two values of one name they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has '{next(name for name in names if names.count(name) > 1)}' twice")
+    return found
 
 
 def _rendered(content: Mapping[str, Any]) -> bytes:

@@ -109,7 +109,7 @@ class Scope:
     def _read(self, name: str, tensor: TensorProto) -> None:
         """The values of a small constant; unread, its type may still be all that is needed."""
         external = tensor.data_location == TensorProto.EXTERNAL
-        if tensor.data_type == TensorProto.STRING or (external and self.folder is None):
+        if tensor.data_type == TensorProto.STRING or (external and not self._has_own_file(tensor)):
             return
         try:
             flat = elements(tensor, self.folder) if external else numpy_helper.to_array(tensor)
@@ -117,6 +117,17 @@ class Scope:
             return
         if flat.size == prod(tensor.dims):
             self.constants[name] = np.array(flat).reshape(tuple(tensor.dims))
+
+    def _has_own_file(self, tensor: TensorProto) -> bool:
+        """Whether its external data lies in a regular file of the model's folder. Others are not opened."""
+        names = [one.value for one in tensor.external_data if one.key == "location"]
+        if self.folder is None or len(names) != 1 or "\0" in names[0]:
+            return False
+        try:
+            place = (self.folder / names[0]).resolve()
+            return place.is_relative_to(self.folder.resolve()) and place.is_file()
+        except (OSError, RuntimeError):  # links in a circle
+            return False
 
     def add_sparse(self, name: str, tensor: onnx.SparseTensorProto) -> None:
         """A sparse weight is counted like the dense one it stands for, as onnxruntime runs it."""
