@@ -120,7 +120,7 @@ class Scope:
 
     def _has_own_file(self, tensor: TensorProto) -> bool:
         """Whether its external data lies in a regular file of the model's folder. Others are not opened."""
-        names = [one.value for one in tensor.external_data if one.key == "location"]
+        names = [str(one.value) for one in tensor.external_data if one.key == "location"]
         if self.folder is None or len(names) != 1 or "\0" in names[0]:
             return False
         try:
