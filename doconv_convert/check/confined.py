@@ -9,8 +9,9 @@ process starts. Where the system has no such limits (Windows), time is limited a
 from __future__ import annotations
 
 import importlib
+import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,11 @@ _WAITING = 12.0
 # Python, onnx and numpy take 60 MB of these, a file while it is read three times its size.
 BYTES = 800 * 2**20
 _TIMES_SIZE = 3
+# A run: outputs are computed with optimizations on and off, at most three times (`retry_in_float64`). No network of
+# docs/zoo.md took fewer MACs a second of computing.
+_RUNS, _MACS_PER_SECOND, _MOST_SECONDS = 6, 2e8, 3600.0
+# Its activations: four bytes for nine products or more. Threads have stacks of their own.
+_BYTES_PER_MAC, _BYTES_PER_THREAD = 0.5, 1 << 24
 _KINDS = {"usage": UsageError, "failed": CheckFailedError, "error": DoconvError}
 _PACKAGE = "doconv_convert."
 
@@ -36,6 +42,15 @@ class Limits:
 
     seconds: float = SECONDS
     bytes: int = BYTES
+
+
+def run_limits(macs: int, files: Sequence[Path], timeout: float | None) -> Limits:
+    """What running a model may take, by the MACs that were counted in it and the size of its files: a model that
+    multiplies little ends soon."""
+    size = sum(path.stat().st_size for path in files if path.is_file())
+    seconds = min(SECONDS + _RUNS * macs / _MACS_PER_SECOND, _MOST_SECONDS)
+    memory = BYTES + _BYTES_PER_THREAD * (os.cpu_count() or 1) + 4 * size + int(_BYTES_PER_MAC * macs)
+    return Limits(timeout or seconds, min(memory, 1 << 50))
 
 
 class Confined(JsonProcess):

@@ -10,14 +10,16 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from doconv_convert.artifacts.export.job import Flags
 from doconv_convert.check.confined import SECONDS, Confined, confined
 from doconv_convert.check.macs.figures import compare_counts
 from doconv_convert.check.macs.files import count_file, dims_of_file
 from doconv_convert.check.macs.result import MacCount
 from doconv_convert.errors import UsageError
+
+if TYPE_CHECKING:
+    from doconv_convert.artifacts.export.job import Flags
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ def count_source(
     text: str, model_args: Mapping[str, Any], input_shapes: Sequence[str], ignore: Sequence[str] = ()
 ) -> MacCount:
     """MACs of one sample of a SOURCE's plain network, counted on its ONNX export."""
+    from doconv_convert.artifacts.export.job import Flags
     from doconv_convert.artifacts.models import find_inputs, is_checkpoint, open_model
     from doconv_convert.check.macs.counting import count_macs
     from doconv_convert.rewrite.fold import fold_in_place

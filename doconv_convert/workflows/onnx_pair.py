@@ -7,8 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from doconv_convert.check.certificate.verify import run_limits
-from doconv_convert.check.confined import confined
+from doconv_convert.check.confined import confined, run_limits
 from doconv_convert.check.status import Proof, Status
 from doconv_convert.files import require_file
 

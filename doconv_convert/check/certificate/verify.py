@@ -7,14 +7,13 @@ right is opened, in a process with limits: whoever makes a file can make its cer
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from doconv_convert.check.certificate.certificate import read_certificate
-from doconv_convert.check.confined import BYTES, SECONDS, Confined, Limits, confined
+from doconv_convert.check.certificate.reading import read_certificate
+from doconv_convert.check.confined import SECONDS, Confined, confined, run_limits
 from doconv_convert.check.macs.figures import compare_counts, describe_count
 from doconv_convert.check.macs.files import count_file
 from doconv_convert.check.macs.result import MacCount, NodeMacs
@@ -25,13 +24,6 @@ from doconv_convert.words import counted
 
 # What `fold --onnx` establishes; a file with fewer checks is not proven.
 PROVEN_BY = ("fold", "graph", "macs", "outputs", "coverage")
-# The outputs are run with optimizations on and off, at most three times (`retry_in_float64`).
-_RUNS = 6
-# The slowest network of docs/zoo.md took 1.4e9 MACs a second of computing without optimizations.
-_MACS_PER_SECOND = 2e8
-# Activations: four bytes for nine products or more. Threads have stacks of their own.
-_BYTES_PER_MAC, _BYTES_PER_THREAD = 0.5, 1 << 24
-_MOST_SECONDS = 3600.0
 
 
 def verify_certificate(
@@ -160,15 +152,6 @@ def _outputs(
     if "malformed" in found:
         raise ValueError(found["malformed"])
     return Status(found["name"], found["state"], found["detail"], tuple(found["findings"]))
-
-
-def run_limits(macs: int, files: Sequence[Path], timeout: float | None) -> Limits:
-    """What running a model may take, by the MACs that were counted in it and the size of its files: a model that
-    multiplies little ends soon."""
-    size = sum(path.stat().st_size for path in files if path.is_file())
-    seconds = min(SECONDS + _RUNS * macs / _MACS_PER_SECOND, _MOST_SECONDS)
-    memory = BYTES + _BYTES_PER_THREAD * (os.cpu_count() or 1) + 4 * size + int(_BYTES_PER_MAC * macs)
-    return Limits(timeout or seconds, min(memory, 1 << 50))
 
 
 def _beside(certificate: Path, outputs: Mapping[str, Any]) -> Path:

@@ -24,7 +24,8 @@ from doconv_convert.artifacts.sources.source import build, parse_source
 from doconv_convert.check import confined
 from doconv_convert.check.certificate import certificate as certificates
 from doconv_convert.check.certificate import outputs as outputs_module
-from doconv_convert.check.certificate.certificate import SCHEMA, digest
+from doconv_convert.check.certificate.certificate import SCHEMA
+from doconv_convert.check.certificate.reading import digest
 from doconv_convert.check.certificate.verify import verify_certificate
 from doconv_convert.check.outputs.compare import CEILING, ONNX_BOUND
 from doconv_convert.check.torch_runs import memory
