@@ -85,9 +85,7 @@ def _show(shown: Output, result: CountResult) -> None:
         shown.problem(f"differs: {difference}")
     if result.unconfirmed and (asked.most is not None or asked.against is not None):
         names = listed([f"'{name}'" for name in result.unconfirmed])
-        shown.problem(
-            f"nothing confirms the sizes that the file states for {names}; if they are right: --allow-assumed"
-        )
+        shown.problem(f"no operator confirms the sizes that the file states for {names}; if right: --allow-assumed")
     elif asked.against is not None and not result.differences:
         but = ", but for what is not counted" if count.uncounted else ""
         shown.say(f"equal to {asked.against}, node by node{but}")

@@ -112,7 +112,8 @@ def _count(process: Confined | None, model: str, dims: Sequence[str] | None, req
 def count_source(
     text: str, model_args: Mapping[str, Any], input_shapes: Sequence[str], ignore: Sequence[str] = ()
 ) -> MacCount:
-    """MACs of one sample of a SOURCE's plain network, counted on its ONNX export."""
+    """MACs of one run of a SOURCE's plain network, counted on its ONNX export: of one sample, or of the batch that an
+    exported program fixes (`.inputs` says)."""
     from doconv_convert.artifacts.export.job import Flags
     from doconv_convert.artifacts.models import find_inputs, is_checkpoint, open_model
     from doconv_convert.check.macs.counting import count_macs
