@@ -19,6 +19,7 @@ from typing import Any
 
 from doconv_convert.artifacts.export.json_process import JsonProcess, ProcessDied, serve
 from doconv_convert.errors import CheckFailedError, DoconvError, UsageError
+from doconv_convert.words import clipped
 
 # A file of 100,000 nodes takes 4 s.
 SECONDS = 12.0
@@ -33,6 +34,7 @@ _RUNS, _MACS_PER_SECOND, _MOST_SECONDS = 6, 2e8, 3600.0
 # Its activations: four bytes for nine products or more. Threads have stacks of their own.
 _BYTES_PER_MAC, _BYTES_PER_THREAD = 0.5, 1 << 24
 _KINDS = {"usage": UsageError, "failed": CheckFailedError, "error": DoconvError}
+_LONGEST = 3000  # of an error, which names parts of the file
 _PACKAGE = "doconv_convert."
 
 
@@ -110,7 +112,7 @@ def _prepare() -> Callable[[Any], dict[str, Any]]:
             return {"result": function(*question["arguments"])}
         except DoconvError as error:
             kind = next(name for name, one in _KINDS.items() if isinstance(error, one))
-            return {"error": str(error), "kind": kind}
+            return {"error": clipped(str(error), _LONGEST), "kind": kind}
         except MemoryError:
             return {"error": f"'{place}' takes more than {question['bytes'] >> 20} MiB of memory", "kind": "error"}
         except RecursionError:

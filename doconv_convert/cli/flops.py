@@ -9,10 +9,12 @@ import typer
 
 from doconv_convert.cli import options as o
 from doconv_convert.cli.console import Output, check_failed, output
-from doconv_convert.words import listed
+from doconv_convert.words import counted, listed
 
 if TYPE_CHECKING:
     from doconv_convert.workflows.count import CountResult
+
+_SHOWN_NODES = 1000  # laying out a table takes a millisecond a row
 
 
 def flops(
@@ -71,14 +73,16 @@ def _show(shown: Output, result: CountResult) -> None:
     from doconv_convert.check.macs.figures import format_macs
 
     count, asked = result.count, result.request
-    rows = [[node.name, node.op, node.parameters, node.macs] for node in count.nodes]
+    rows = [[node.name, node.op, node.parameters, node.macs] for node in count.nodes[:_SHOWN_NODES]]
     shown.table(["node", "op", "parameters", "MACs"], rows, right=(2, 3))
-    sizes = ", ".join(f"{name} {_shape(shape)}" for name, shape in count.inputs.items())
+    if len(count.nodes) > _SHOWN_NODES:
+        shown.say(f"and {counted(len(count.nodes) - _SHOWN_NODES, 'more node')}; --json has them all")
+    sizes = listed([f"{name} {_shape(shape)}" for name, shape in count.inputs.items()])
     run = f"; one run on {sizes}" if sizes else ""
     shown.say(f"{asked.model}: {format_macs(count.total)} ({count.total:,} MACs; FLOPs = 2 x MACs){run}")
-    for sentence in count.assumed:
+    for sentence in count.assumed[:_SHOWN_NODES]:
         shown.say(f"assumed: {sentence}")
-    for op, number in count.uncounted.items():
+    for op, number in list(count.uncounted.items())[:_SHOWN_NODES]:
         shown.say(f"not counted: {number} {op}")
     _show_budget(shown, result)
     for difference in result.differences:
@@ -101,7 +105,7 @@ def _show_budget(shown: Output, result: CountResult) -> None:
     if count.total > asked.most:
         shown.problem(f"over budget: {format_macs(count.total)}, at most {most} are allowed")
     elif count.uncounted:
-        ops = ", ".join(f"--ignore {op}" for op in count.uncounted)
+        ops = ", ".join(f"--ignore {op}" for op in list(count.uncounted)[:_SHOWN_NODES])
         shown.problem(f"the budget cannot be checked, some MACs are not counted; if they are none: {ops}")
     elif result.within:
         shown.say(f"within budget: at most {most} are allowed")

@@ -17,6 +17,7 @@ from doconv_convert.check.macs.figures import compare_counts
 from doconv_convert.check.macs.files import count_file, dims_of_file
 from doconv_convert.check.macs.result import MacCount
 from doconv_convert.errors import UsageError
+from doconv_convert.words import listed
 
 if TYPE_CHECKING:
     from doconv_convert.artifacts.export.job import Flags
@@ -94,8 +95,8 @@ def count_models(request: CountRequest) -> CountResult:
         known = {model: dims_of_file(process, Path(model), request.timeout) for model in files if process}
         for name in request.dims:
             if not any(name in names for names in known.values()):
-                have = sorted({one for names in known.values() for one in names}) or "none"
-                raise UsageError(f"`dims`: no dynamic dimension is named '{name}', the files have {have}.")
+                have = listed([f"'{one}'" for one in sorted({one for names in known.values() for one in names})])
+                raise UsageError(f"`dims`: no dynamic dimension is named '{name}', the files have {have or 'none'}.")
         counts = [_count(process, model, known.get(model), request) for model in models]
     differences = compare_counts(counts[1], counts[0]) if request.against is not None else ()
     claimed = () if request.allow_assumed else tuple(dict.fromkeys(name for one in counts for name in one.claimed))

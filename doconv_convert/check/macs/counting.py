@@ -27,6 +27,7 @@ from doconv_convert.check.macs.walk import Walk
 from doconv_convert.check.macs.work import CannotCountError
 from doconv_convert.check.onnx_files.model import ModelSource, read_model
 from doconv_convert.errors import DoconvError
+from doconv_convert.words import clipped
 
 
 def count_macs(model: ModelSource, dims: Mapping[str, int] | None = None, ignore: Collection[str] = ()) -> MacCount:
@@ -46,7 +47,7 @@ def count_macs(model: ModelSource, dims: Mapping[str, int] | None = None, ignore
     scope = Scope(types={value.name: bound_type(value, sizes) for value in inputs}, folder=_folder(model))
     for value in inputs:
         if value.type.WhichOneof("value") != "tensor_type":  # onnxruntime does not look at the sizes of its elements
-            scope.claims[value.name] = value.name
+            scope.claims[value.name] = clipped(value.name)
     for value, tensor in defaults:
         _take_default(scope, value, tensor)
     file = "the model" if isinstance(model, onnx.ModelProto) else f"'{os.fspath(model)}'"
@@ -61,7 +62,7 @@ def count_macs(model: ModelSource, dims: Mapping[str, int] | None = None, ignore
         raise DoconvError(f"{file} cannot be counted: {detail}; see what onnx.checker says of it") from error
     uncounted = {op: number for op, number in count.uncounted.items() if op not in ignore}
     stated = [f"'{name}' has the size that the file states; no operator confirms it" for name in count.claimed]
-    shapes = {value.name: scope.shape(value.name) for value in inputs}
+    shapes = {clipped(value.name): scope.shape(value.name) for value in inputs}
     return MacCount(count.nodes, uncounted, (*assumed, *count.assumed, *stated), count.claimed, shapes)
 
 
@@ -87,6 +88,9 @@ def _open_defaults(proto: onnx.ModelProto) -> list[tuple[onnx.ValueInfoProto, on
     if proto.ir_version < 4:
         return []
     tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
+    for sparse in proto.graph.sparse_initializer:
+        made = onnx.TensorProto(name=sparse.values.name, data_type=sparse.values.data_type, dims=sparse.dims)
+        tensors[made.name] = made
     return [(value, tensors[value.name]) for value in proto.graph.input if value.name in tensors]
 
 
@@ -97,7 +101,7 @@ def _take_default(scope: Scope, value: onnx.ValueInfoProto, tensor: onnx.TensorP
     scope.add_tensor(name, tensor)
     scope.constants.pop(name, None)
     if scope.shape(name) != tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim):
-        scope.claims[name] = name
+        scope.claims[name] = clipped(name)
 
 
 def _folder(model: ModelSource) -> Path | None:
@@ -123,7 +127,8 @@ def _sizes(inputs: Sequence[onnx.ValueInfoProto], dims: Mapping[str, int]) -> tu
             raise DoconvError(f"no dynamic dimension is named '{name}': the model has {known or 'none'}")
         if size < 1:
             raise DoconvError(f"dimension '{name}' must be at least 1, got {size}")
-    batches = {name: 1 for name, axis, _ in names if axis == 0 and name not in dims}
+    elsewhere = {name for name, axis, _ in names if axis > 0}  # a height is no batch because it is named like one
+    batches = {name: 1 for name, axis, _ in names if axis == 0 and name not in dims and name not in elsewhere}
     sizes = batches | dict(dims)
     for name, axis, value in names:
         if name not in sizes:

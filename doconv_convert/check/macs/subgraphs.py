@@ -11,12 +11,13 @@ from onnx import TensorProto, TypeProto, helper
 from doconv_convert.check.macs.result import MacCount, merged, repeated
 from doconv_convert.check.macs.rules import attribute
 from doconv_convert.check.macs.scope import Scope
+from doconv_convert.words import clipped
 
 GraphCounter: TypeAlias = Callable[[onnx.GraphProto, Scope], MacCount]
 
 
 def label(node: onnx.NodeProto) -> str:
-    return node.name or node.output[0]
+    return clipped(node.name or node.output[0])
 
 
 def count_if(count: GraphCounter, node: onnx.NodeProto, scope: Scope) -> MacCount:

@@ -23,6 +23,7 @@ from doconv_convert.check.macs.scope import SMALL, Scope, bound_type
 from doconv_convert.check.macs.subgraphs import count_if, count_loop, count_scan, label
 from doconv_convert.check.macs.work import CannotCountError, Work
 from doconv_convert.check.onnx_files.model import CARRIERS, in_runtime_domain
+from doconv_convert.words import clipped
 
 _CONTROL = {"If": count_if, "Loop": count_loop, "Scan": count_scan}
 _Called: TypeAlias = tuple[MacCount, Scope]
@@ -53,7 +54,8 @@ class Walk:
             if tensor.name not in bound or tensor.name not in self.open_inputs:
                 scope.add_tensor(tensor.name, tensor)
         for sparse in graph.sparse_initializer:
-            scope.add_sparse(sparse.values.name, sparse)
+            if sparse.values.name not in bound or sparse.values.name not in self.open_inputs:
+                scope.add_sparse(sparse.values.name, sparse)
         return self.nodes(graph.node, [*graph.value_info, *graph.output], scope)
 
     def nodes(self, nodes: Iterable[onnx.NodeProto], values: Iterable[onnx.ValueInfoProto], scope: Scope) -> MacCount:
@@ -67,7 +69,7 @@ class Walk:
                 if name in declared and scope.size(name) is None:
                     scope.types[name] = declared[name]
                     if scope.size(name) is not None:
-                        scope.claims.setdefault(name, name)
+                        scope.claims.setdefault(name, clipped(name))
         return merged(counts)
 
     def node(self, node: onnx.NodeProto, scope: Scope) -> MacCount:
@@ -113,11 +115,11 @@ class Walk:
             if macs < 0:
                 raise ArithmeticError
         except (LookupError, ArithmeticError, AttributeError, ValueError, TypeError):  # a shape is unknown or no match
-            return MacCount((), {op: 1})
+            return MacCount((), {clipped(op): 1})
         parameters = sum(scope.weights.get(node.input[i], 0) for i in positions if i < len(node.input))
         if contrib is not None and contrib.packed:
             parameters += contrib.packed(node)
-        made = NodeMacs(label(node), op, node.output[0], macs, parameters)
+        made = NodeMacs(label(node), op, clipped(node.output[0]), macs, parameters)
         return self.work.keep(MacCount((made,), claimed=() if claim is None else (claim,)))
 
     def infer(self, node: onnx.NodeProto, scope: Scope) -> None:
@@ -168,7 +170,7 @@ class Walk:
         inner: Scope,
         given: Mapping[str, onnx.AttributeProto],
     ) -> MacCount:
-        name = (node.domain, node.op_type)
+        name = (node.domain, node.op_type, node.overload)
         if name in self.work.active:
             raise CannotCountError(f"the function '{node.op_type}' calls itself")
         self.work.active.append(name)

@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 
 from doconv_convert.check.macs.result import MacCount
 
-# Exported networks have some 10,000 nodes at most, and the largest count a few thousand multiplying ones.
+# Exported networks have some 10,000 nodes at most, and a few thousand multiplying ones.
 MOST_NODES = 500_000
 MOST_PRODUCTS = 100_000
-# of all names that the count prints
-MOST_CHARACTERS = 1 << 25
+# of the names of all products
+MOST_CHARACTERS = 1 << 24
 # The largest networks take 1e16 MACs a sample; no machine runs so many.
 MOST_MACS = 10**30
 
@@ -24,7 +24,7 @@ class Work:
     nodes: int = 0
     products: int = 0
     characters: int = 0
-    active: list[tuple[str, str]] = field(default_factory=list)
+    active: list[tuple[str, str, str]] = field(default_factory=list)
     """The functions that are being called now, from the outermost to the innermost."""
 
     def visit(self) -> None:

@@ -204,6 +204,24 @@ def test_the_batch_defaults_to_one_and_other_dimensions_must_be_bound() -> None:
         count_macs(dynamic, {"height": 0})
 
 
+@pytest.mark.parametrize("inputs", [{"x": ["N", 3, "N", 12]}, {"x": ["N", 3, 10, 12], "z": [1, "N"]}])
+def test_a_height_that_is_named_like_the_batch_is_not_1(inputs: dict[str, Dims]) -> None:
+    """onnxruntime takes any sizes for dimensions of one name."""
+    dynamic = model([node("Conv", "x w b")], inputs, CONV)
+    with pytest.raises(DoconvError, match="is dynamic: give its size, as in `dims` 'N=224'"):
+        count_macs(dynamic)
+    assert count_macs(dynamic, {"N": 10}).total == 10 * 8 * 8 * 10 * 27
+
+
+def test_a_sparse_default_may_be_replaced_too() -> None:
+    sparse = helper.make_sparse_tensor(weight("w", 2), integers("at", 0, 7), [3, 5])
+    graph = model([node("MatMul", "x w")], {"x": [4, 3], "w": [3, None]})
+    graph.graph.sparse_initializer.append(sparse)
+    assert count_macs(graph).claimed == ("w",)
+    graph.ir_version = 3
+    assert count_macs(graph).claimed == ()
+
+
 def test_a_dimension_without_a_name_is_bound_by_its_place() -> None:
     unnamed = model([node("Conv", "x w b")], {"x": [None, 3, None, 12]}, CONV)
     assert count_macs(unnamed, {"x[2]": 10}).total == 8 * 8 * 10 * 27
