@@ -22,9 +22,9 @@ from doconv_convert.errors import CheckFailedError, DoconvError, UsageError
 from doconv_convert.words import clipped
 
 # A file of 100,000 nodes takes 4 s.
-SECONDS = 12.0
+SECONDS = 10.0
 # Waiting (for a disk, for other processes) is no work, but has an end, too.
-_WAITING = 12.0
+_WAITING = 10.0
 # Python, onnx and numpy take 60 MB of these, a file while it is read three times its size.
 BYTES = 800 * 2**20
 _TIMES_SIZE = 3

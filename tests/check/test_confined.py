@@ -25,8 +25,12 @@ def write(path: Path, node: onnx.NodeProto, *tensors: onnx.TensorProto) -> Path:
 
 
 def endless(path: Path) -> Path:
-    """An equation of a million dots, on which onnx's shape inference does not end."""
-    return write(path, helper.make_node("Einsum", ["x", "x"], ["y"], equation="." * 999_999 + "a,a->a"))
+    """Very many nodes: a count of more than a second."""
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 8, 8])]
+    nodes = [helper.make_node("Relu", ["x"], [f"y{index}"]) for index in range(60_000)]
+    graph = helper.make_graph(nodes, "g", inputs, [onnx.ValueInfoProto(name="y0")])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), path)
+    return path
 
 
 @pytest.fixture

@@ -63,10 +63,22 @@ def matmul(_: onnx.NodeProto, shape: ShapeOf) -> int:
     return prod(shape(OUTPUT)) * shape(0)[-1]
 
 
+LONGEST_EQUATION = 1000
+"""On an equation of a million dots neither onnx's shape inference nor a count ends; real ones have 20 characters."""
+
+
+def equation(node: onnx.NodeProto) -> str:
+    """Of an Einsum. Raises ValueError for one that is too long."""
+    text = attribute(node, "equation")
+    if len(text) > LONGEST_EQUATION:
+        raise ValueError
+    return str(text.decode().replace(" ", ""))
+
+
 def _einsum(node: onnx.NodeProto, shape: ShapeOf) -> int:
     """Operand after operand, from left to right: each step multiplies over all index extents it sees, and sums
     those away that neither the result nor a later operand names."""
-    left, arrow, right = attribute(node, "equation").decode().replace(" ", "").partition("->")
+    left, arrow, right = equation(node).partition("->")
     terms = [_indices(term, shape(index)) for index, term in enumerate(left.split(","))]
     if not arrow:  # by numpy's rule the result has the indices that occur once
         right = "".join(letter for letter in left if letter.isalpha() and left.count(letter) == 1)

@@ -18,6 +18,9 @@ from doconv_convert.errors import DoconvError
 SMALL = 1024
 """Constants of up to this many elements are evaluated; shapes, scales and sizes are far smaller."""
 
+MOST_DIMS = 64
+"""Of a value whose size is known; with a million of them its number of elements takes minutes to compute."""
+
 
 def dim_name(value: str, axis: int, dim: onnx.TensorShapeProto.Dimension) -> str:
     """The name of a dynamic dimension, or its place where it has none (some exporters write '?')."""
@@ -64,6 +67,8 @@ class Scope:
 
     def shape(self, name: str) -> Shape | None:
         kind = self.types.get(name, TypeProto()).tensor_type
+        if len(kind.shape.dim) > MOST_DIMS:
+            return None
         dims = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in kind.shape.dim]
         return tuple(dims) if kind.HasField("shape") and min(dims, default=0) >= 0 else None
 
@@ -101,6 +106,8 @@ class Scope:
 
     def add_tensor(self, name: str, tensor: TensorProto) -> None:
         self.forget(name)
+        if len(tensor.dims) > MOST_DIMS:
+            return
         self.types[name] = helper.make_tensor_type_proto(tensor.data_type, list(tensor.dims))
         self.weights[name] = prod(tensor.dims)
         if min(tensor.dims, default=1) >= 0 and prod(tensor.dims) <= SMALL:
@@ -132,6 +139,8 @@ class Scope:
     def add_sparse(self, name: str, tensor: onnx.SparseTensorProto) -> None:
         """A sparse weight is counted like the dense one it stands for, as onnxruntime runs it."""
         self.forget(name)
+        if len(tensor.dims) > MOST_DIMS:
+            return
         self.types[name] = helper.make_tensor_type_proto(tensor.values.data_type, list(tensor.dims))
         self.weights[name] = prod(tensor.dims)
 

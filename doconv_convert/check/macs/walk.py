@@ -18,7 +18,7 @@ from onnx import helper, numpy_helper, shape_inference
 from doconv_convert.check.macs.constants import evaluate
 from doconv_convert.check.macs.ort_operators import CONTRIB
 from doconv_convert.check.macs.result import MacCount, NodeMacs, merged, repeated
-from doconv_convert.check.macs.rules import NOT_COUNTED, OUTPUT, RULES, Shape, ShapeOf, attribute, unknown
+from doconv_convert.check.macs.rules import NOT_COUNTED, OUTPUT, RULES, Shape, ShapeOf, attribute, equation, unknown
 from doconv_convert.check.macs.scope import SMALL, Scope, bound_type
 from doconv_convert.check.macs.subgraphs import count_if, count_loop, count_scan, label
 from doconv_convert.check.macs.work import CannotCountError, Work
@@ -26,6 +26,8 @@ from doconv_convert.check.onnx_files.model import CARRIERS, in_runtime_domain
 from doconv_convert.words import clipped
 
 _CONTROL = {"If": count_if, "Loop": count_loop, "Scan": count_scan}
+# what a shape that is unknown raises, or an attribute that is missing or of another kind
+_UNKNOWN = (LookupError, ArithmeticError, AttributeError, ValueError, TypeError)
 _Called: TypeAlias = tuple[MacCount, Scope]
 
 
@@ -91,10 +93,10 @@ class Walk:
     def learn(self, node: onnx.NodeProto, op: str, scope: Scope) -> None:
         """What follows for a node's outputs: their types, and of weights that are handed on their number."""
         contrib = CONTRIB.get(op)
-        if contrib is None:
-            self.infer(node, scope)
-        else:
-            with suppress(LookupError, ArithmeticError, ValueError, TypeError):  # an input's shape is unknown
+        with suppress(*_UNKNOWN):
+            if contrib is None:
+                self.infer(node, scope)
+            else:
                 for name, known in zip(node.output, contrib.outputs(node, shapes(node, scope)), strict=False):
                     scope.set_shape(name, known, node.input[contrib.like])
         if op in CARRIERS and node.input[0] in scope.weights:
@@ -114,7 +116,7 @@ class Walk:
             macs = rule(node, shapes(node, scope))
             if macs < 0:
                 raise ArithmeticError
-        except (LookupError, ArithmeticError, AttributeError, ValueError, TypeError):  # a shape is unknown or no match
+        except _UNKNOWN:
             return MacCount((), {clipped(op): 1})
         parameters = sum(scope.weights.get(node.input[i], 0) for i in positions if i < len(node.input))
         if contrib is not None and contrib.packed:
@@ -136,6 +138,8 @@ class Walk:
             [numpy_helper.from_array(value, name) for name, value in constants.items()],
         )
         model = helper.make_model(graph, opset_imports=self.opsets)
+        if node.op_type == "Einsum":
+            equation(node)
         scope.types.update(_inferred(model))
         if node.op_type in ("Shape", "Size") and (shape := scope.shape(node.input[0])) is not None:
             cut = slice(attribute(node, "start", 0), attribute(node, "end", None))

@@ -340,6 +340,13 @@ def test_a_scan_of_unknown_length_is_uncounted() -> None:
     assert count_macs(graph) == MacCount((), {"Scan": 1, "MatMul": 1})
 
 
+def test_a_value_of_a_million_dimensions_is_unknown() -> None:
+    """Their product would take minutes."""
+    graph = model([node("MatMul", "x w")], {"x": [2] * 1_000_000})
+    graph.graph.initializer.append(TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[2] * 1_000_000))
+    assert count_macs(graph) == MacCount((), {"MatMul": 1})
+
+
 def test_what_was_assumed_is_said() -> None:
     dynamic = model([node("Conv", "x w b")], {"x": ["N", 3, 10, 12]}, CONV)
     assert count_macs(dynamic).assumed == ("dimension 'N' is 1; `dims` 'N=N' for another size",)
