@@ -22,7 +22,7 @@ from typing import Any
 import onnx
 
 from doconv_convert.check.macs.result import MacCount
-from doconv_convert.check.macs.scope import Scope, bound_type, dim_name
+from doconv_convert.check.macs.scope import MOST_DIMS, Scope, bound_type, dim_name
 from doconv_convert.check.macs.walk import Walk
 from doconv_convert.check.macs.work import CannotCountError
 from doconv_convert.check.onnx_files.model import ModelSource, read_model
@@ -79,7 +79,11 @@ def count_as_json(path: str, dims: Mapping[str, int], ignore: Collection[str]) -
 def _inputs(proto: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
     weights = {tensor.name for tensor in proto.graph.initializer}
     weights |= {tensor.values.name for tensor in proto.graph.sparse_initializer}
-    return [value for value in proto.graph.input if value.name not in weights]
+    inputs = [value for value in proto.graph.input if value.name not in weights]
+    for value in inputs:
+        if len(value.type.tensor_type.shape.dim) > MOST_DIMS:
+            raise DoconvError(f"input '{clipped(value.name)}' has more than {MOST_DIMS} dimensions")
+    return inputs
 
 
 def _open_defaults(proto: onnx.ModelProto) -> list[tuple[onnx.ValueInfoProto, onnx.TensorProto]]:
