@@ -35,6 +35,7 @@ _LAZY_IMPORTS = {
     "load": "artifacts.checkpoints.checkpoint",
     "export_onnx": "artifacts.export.exporter",
     "count_macs": "check.macs.counting",
+    "prove": "workflows.prove",
     "verify": "workflows.verify",
     "rehearse": "workflows.rehearsal.rehearse",
     "DoconvError": "errors",
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from doconv_convert.rewrite.passes import ToDOConvPass as ToDOConvPass
     from doconv_convert.rewrite.plan import plan as plan
     from doconv_convert.versions import __version__ as __version__
+    from doconv_convert.workflows.prove import prove as prove
     from doconv_convert.workflows.rehearsal.rehearse import rehearse as rehearse
     from doconv_convert.workflows.verify import verify as verify
 

@@ -20,9 +20,7 @@ def statement(certificate: Mapping[str, Any]) -> dict[str, Any]:
     model = certificate["onnx"]
     return {
         "_type": STATEMENT_TYPE,
-        "subject": [
-            {"name": one["name"], "digest": {"sha256": one["sha256"]}} for one in (model, *model["external"])
-        ],
+        "subject": [{"name": one["name"], "digest": {"sha256": one["sha256"]}} for one in (model, *model["external"])],
         "predicateType": PREDICATE_TYPE,
         "predicate": dict(certificate),
     }

@@ -37,10 +37,11 @@ SCHEMA = Path(__file__).with_name("certificate.schema.json")
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a file comes from: the trained checkpoint (a file or a folder), its network, and how it was exported."""
+    """Where a file comes from: the trained checkpoint (a file or a folder), its network (None: a model in memory), and
+    how it was exported."""
 
     checkpoint: Path
-    source: Source
+    source: Source | None
     opset: int
     exporter: str
 
@@ -175,6 +176,7 @@ def _content(onnx: Path, proof: Proof, count: MacCount, reference: ReferenceRun,
             "outputs": {
                 "reference": {"name": reference_path(onnx).name, "sha256": content_hash(reference_path(onnx))},
                 "samples": reference.samples,
+                "compared": reference.compared,
                 "inputs": describe_inputs(names, reference),
                 "tensors": [{**one, **more} for one, more in zip(described, figures, strict=True)],
                 "detections": [dict(group) for group in reference.detections],
@@ -185,8 +187,10 @@ def _content(onnx: Path, proof: Proof, count: MacCount, reference: ReferenceRun,
     return content
 
 
-def _source(source: Source) -> dict[str, Any]:
+def _source(source: Source | None) -> dict[str, Any]:
     """The source as the user wrote it; of a file its name and hash, since its folder is a matter of the machine."""
+    if source is None:
+        return {"source": "in memory", "args": {}}
     if source.kind not in ("file", "program"):
         return source.to_json()
     path = Path(source.place if source.kind == "file" else source.text)
