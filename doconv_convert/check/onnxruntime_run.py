@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from doconv_convert.check.onnx_files.model import constant_outputs
 from doconv_convert.check.outputs.compare import FLOOR, ONNX_BOUND, OutputCheck, compare_outputs
 from doconv_convert.check.outputs.detections import in_order_of
 from doconv_convert.check.outputs.expected import ReferenceRun
@@ -15,7 +16,7 @@ from doconv_convert.check.outputs.reruns import other_runs
 from doconv_convert.check.outputs.session import OnnxSession
 from doconv_convert.check.status import Status
 from doconv_convert.errors import DoconvError
-from doconv_convert.words import counted
+from doconv_convert.words import counted, listed
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -65,13 +66,16 @@ def _compare(session: OnnxSession, reference: ReferenceRun, floor: float) -> tup
         detail = f"the file has {counted(len(got), 'output')}, the model {len(reference.truth)}"
         return Status("outputs", "failed", detail), []
     got = in_order_of(reference.truth, got, reference.detections)
-    checks = compare_outputs(session.outputs, reference.truth, reference.plain, got, reference.samples, floor)
+    constants = constant_outputs(session.path)
+    checks = compare_outputs(
+        session.outputs, reference.truth, reference.plain, got, reference.samples, floor, constants
+    )
     if not checks:
         return Status("outputs", "failed", "the model has no tensor outputs; nothing was compared"), []
     bad = tuple(f"'{check.name}' {check.problem}" for check in checks if not check.ok)
     if bad:
         return Status("outputs", "failed", f"{len(bad)} of {counted(len(checks), 'output')} differ", bad), checks
-    if not any(check.variation > check.bound for check in checks):
+    if not any(check.variation > check.bound and check.name not in constants for check in checks):
         detail = "no output differs between the samples, which shows nothing; pass `input_file` with real samples"
         return Status("outputs", "failed", detail), checks
     problems, runs = other_runs(session, reference, checks, floor)
@@ -92,6 +96,8 @@ def _compare(session: OnnxSession, reference: ReferenceRun, floor: float) -> tup
     for check in [*checks, *further]:
         if check.name in agreeing:
             agreeing[check.name] += check.agreeing or 0
+    if constants:
+        detail += f"; {listed(sorted(constants))} constant"
     if agreeing:
         detail += f"; argmax agrees on {min(agreeing.values())} of {counted(samples, 'sample')}"
     return Status("outputs", "passed", detail), checks

@@ -150,8 +150,8 @@ def _as_inputs(model: nn.Module, example_inputs: Tensor | tuple[Any, ...]) -> In
         or not all(isinstance(one, Tensor) and one.dim() for one in tensors)
     ):
         raise UsageError(
-            f"`example_inputs`: got {_kinds(given)}, expected a tensor or a tuple of tensors with the batch first; wrap "
-            "a model that takes other arguments in a module that has them."
+            f"`example_inputs`: got {_kinds(given)}, expected a tensor or a tuple of tensors with the batch first; "
+            "wrap a model that takes other arguments in a module that has them."
         )
     own = tuple(tensor.detach().cpu() for tensor in tensors)
     if images is None:

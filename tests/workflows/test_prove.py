@@ -1,6 +1,7 @@
 """`prove`: a model in memory, from its D to a proven file, and what is compared on the way."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -165,3 +166,41 @@ def test_a_sample_behind_the_first_batch_is_compared_too(
     assert proof is not None
     assert proof.state("outputs") == "failed"
     assert "further samples" in next(one.detail for one in proof.statuses if one.name == "outputs")
+
+
+class Returns(Net):
+    """A net with a second output, made of the image and the logits."""
+
+    def __init__(self, second: Callable[[nn.Module, Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.second_output = second
+        self.register_buffer("classes", torch.arange(3.0))
+
+    def forward(self, image: Tensor) -> Any:  # type: ignore[override]
+        logits = super().forward(image)
+        return logits, self.second_output(self, image, logits)
+
+
+def proof_of(folder: Path, second: Callable[[Any, Tensor, Tensor], Any], samples: Tensor) -> Any:
+    torch.manual_seed(0)
+    model = to_doconv(Returns(second))
+    randomize_and_calibrate(model, (varied_images(8, 3, 12, 12),), seed=0)
+    return prove(model, folder / "net.onnx", samples)
+
+
+def test_a_model_that_returns_its_input(samples: Tensor, tmp_path: Path) -> None:
+    """And two constants beside: a buffer, and one that has the batch's size."""
+    made = proof_of(
+        tmp_path, lambda net, image, logits: (image, net.classes, net.classes.expand(len(image), 3)), samples[:3]
+    )
+    assert made.proven, made.proof
+    named = [name for name, _ in made.export.outputs]
+    assert len({*named, *(name for name, _ in made.export.inputs)}) == 5
+    assert "classes, expand constant" in next(one.detail for one in made.proof.statuses if one.name == "outputs")
+
+
+@pytest.mark.parametrize("value", [3, "cat", 0.5])
+def test_an_output_that_is_no_tensor_is_named(samples: Tensor, tmp_path: Path, value: object) -> None:
+    with pytest.raises(DoconvError, match=f"the {type(value).__name__} {value!r} among its outputs"):
+        proof_of(tmp_path, lambda net, image, logits: value, samples[:3])
+    assert names(tmp_path) == []
