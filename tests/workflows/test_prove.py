@@ -78,7 +78,7 @@ def test_its_certificate_is_as_good_as_the_command_lines(made: Any) -> None:
 
 
 def test_every_sample_is_compared_and_said(made: Any) -> None:
-    """7 samples in batches of 3, 3 and 1."""
+    """7 samples: a batch of 3, and the 4 behind it."""
     outputs = next(status for status in made.proof.statuses if status.name == "outputs")
     assert made.proof.compared == "example_inputs: 7 of 7 samples"
     assert outputs.detail.startswith("1 output, 7 samples: ")

@@ -26,6 +26,7 @@ DETECTION_SIZE = 320
 SEGMENTATION_SIZE = 256  # the weights' own 520 costs four times as much and shows nothing more
 VIDEO_FRAMES = 16
 RAFT_SIZE = 128  # its smallest
+CHUNK = 3 * 3 * 224 * 224  # elements that go through a model at once: as many as three photographs
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,14 @@ class Inputs:
         return max((len(tensor) for tensor in self.own or ()), default=0)
 
     def further(self, batch: int, *, filled: bool) -> list[tuple[Inputs, int]]:
-        """The user's samples behind the first `batch`, as inputs of as many, each with its batch; the last have fewer,
-        unless they are `filled` up."""
+        """The user's samples behind the first `batch`, as inputs of so many or, of small ones, more, each with its batch;
+        `filled` keeps to that batch, and fills the last up."""
+        elements = max((tensor[0].numel() for tensor in self.own or ()), default=1)
+        size = batch if filled else max(batch, CHUNK // elements)
         chunks = []
-        for start in range(batch, self.own_samples, batch):
-            own = tuple(tensor[start : start + batch] if len(tensor) > start else tensor for tensor in self.own or ())
-            size = batch if filled else min(batch, self.own_samples - start)
-            chunks.append((replace(self, own=own), size))
+        for start in range(batch, self.own_samples, size):
+            own = tuple(tensor[start : start + size] if len(tensor) > start else tensor for tensor in self.own or ())
+            chunks.append((replace(self, own=own), size if filled else min(size, self.own_samples - start)))
         return chunks
 
     def describe(self, batch: int) -> str:
