@@ -70,8 +70,8 @@ class Inputs:
         return max((len(tensor) for tensor in self.own or ()), default=0)
 
     def further(self, batch: int, *, filled: bool) -> list[tuple[Inputs, int]]:
-        """The user's samples behind the first `batch`, as inputs of so many or, of small ones, more, each with its batch;
-        `filled` keeps to that batch, and fills the last up."""
+        """The user's samples behind the first `batch`, as inputs of so many or, of small ones, more, each with its
+        batch; `filled` keeps to that batch, and fills the last up."""
         elements = max((tensor[0].numel() for tensor in self.own or ()), default=1)
         size = batch if filled else max(batch, CHUNK // elements)
         chunks = []
