@@ -5,7 +5,8 @@ One SGD step with the rate lr for W and m lr for D moves the kernel k = W D^' by
     -lr (dL/dW D^' + m W (dL/dD)') + O(lr^2),   at D = 0:   -lr (G + m W W' G),   G = dL/dk
 
 with W (C_out/g, D_mul), D^ (K, D_mul) and G (C_out/g, K) of one input channel; a prime transposes. The lever is the
-size of the second term, at m = 1, relative to the first, in Frobenius norms over the whole kernel. docs/how_it_works.md derives it.
+size of the second term, at m = 1, relative to the first, in Frobenius norms over the whole kernel.
+docs/how_it_works.md derives it.
 """
 
 from __future__ import annotations
