@@ -65,7 +65,7 @@ def lever(model: nn.Module) -> dict[str, float]:
     >>> model = to_doconv(nn.Sequential(nn.Conv2d(3, 8, 3)))
     >>> model(torch.randn(2, 3, 8, 8)).square().mean().backward()
     >>> {name: round(value, 2) for name, value in lever(model).items()}
-    {'0': 0.09}
+    {'0': 0.2}
     """
     levers: dict[str, float] = {}
     converted = False

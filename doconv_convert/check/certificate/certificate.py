@@ -95,10 +95,10 @@ def read_certificate(path: Path) -> dict[str, Any]:
         raise CheckFailedError(f"'{path}' is not JSON: it was changed after it was written ({error}).") from error
     if not isinstance(content, dict):
         raise CheckFailedError(f"'{path}' is no certificate of doconv-convert: expected a JSON object.")
-    unchanged = data.replace(b"\r\n", b"\n") == rendered(content)  # as git checks text out on Windows
-    content = dict(certified(content, str(path)))
+    document, content = content, dict(certified(content, str(path)))
     if content.get("format") != FORMAT:
         raise CheckFailedError(f'\'{path}\' is no certificate of doconv-convert: expected "format": "{FORMAT}".')
+    unchanged = data.replace(b"\r\n", b"\n") == rendered(document)  # as git checks text out on Windows
     found, expected = content.pop("digest", None), digest(content)
     if found != expected:
         raise CheckFailedError(
