@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
-import onnxruntime
-import torch
-import torchvision
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before the import
+
+import onnxruntime  # noqa: E402
+import torch  # noqa: E402
+import torchvision  # noqa: E402
 
 
 def main(name: str, path: str) -> None:

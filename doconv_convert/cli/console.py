@@ -72,8 +72,8 @@ class Output:
     def console(self) -> Console:
         from rich.console import Console
 
-        plain = {"markup": False, "emoji": False, "highlight": False}
-        return Console(stderr=self.as_json, force_terminal=None if self.terminal else False, **plain)
+        forced = None if self.terminal else False
+        return Console(stderr=self.as_json, force_terminal=forced, markup=False, emoji=False, highlight=False)
 
     def say(self, text: str, indent: int = 0) -> None:
         """One paragraph; a terminal gets it broken between words, `indent` columns in from its second line on."""
@@ -105,7 +105,7 @@ class Output:
 
     def annotate(self, *lines: str) -> None:
         if self.github is not None:
-            typer.echo(self.github.error(with_options(lines)))
+            typer.echo(self.github.error(*with_options(lines)))
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[int] = ()) -> None:
         """Rows under a head; the columns `right` hold numbers, and a sequence of texts is as many lines. On a terminal

@@ -1,7 +1,7 @@
 """Text from files is data: how each medium is written so that no name of a node, a layer or a file can steer it.
 
-Names, and other people's error messages, reach a command in the middle of its own sentences. So nothing is escaped where
-a sentence is made: each of these functions is called at the one place where its medium is printed.
+Names, and other people's error messages, reach a command in the middle of its own sentences. So nothing is escaped
+where a sentence is made: each of these functions is called at the one place where its medium is printed.
 
     a terminal, a log    printable             Output (console.py), tracebacks and usage errors (app.py)
     GitHub's commands    annotation            GithubReport (github.py)

@@ -20,8 +20,8 @@ class GithubReport:
     file: str | None = None
     blocks: list[str] = field(default_factory=list)
 
-    def error(self, lines: Sequence[str]) -> str:
-        """The workflow command that marks an error."""
+    def error(self, *lines: str) -> str:
+        """The workflow command that marks an error, of one line or several."""
         place = "" if self.file is None else f" file={_property(self.file)}"
         return f"::error{place}::{'%0A'.join(map(annotation, lines))}"
 

@@ -43,12 +43,11 @@ def forgiving_streams() -> Iterator[None]:
 
 def _forgiving(stream: TextIO | None) -> tuple[_Forgiving | None, TextIO]:
     if stream is None:  # closed before the start
-        return None, open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for the rest of the process)
+        return None, open(os.devnull, "w", encoding="utf-8")
     if stream.isatty():  # never full; Windows has a class of its own for it
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
         return None, stream
     raw = _Forgiving(stream.fileno(), "w", closefd=False)
-    return raw, io.TextIOWrapper(
-        io.BufferedWriter(raw), stream.encoding, "backslashreplace", line_buffering=stream.line_buffering
-    )
+    by_line = bool(getattr(stream, "line_buffering", False))
+    return raw, io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, "backslashreplace", line_buffering=by_line)

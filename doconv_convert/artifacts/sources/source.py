@@ -69,8 +69,8 @@ class Source:
         return {"source": self.text, "args": dict(self.args)}
 
     def without_folders(self) -> Source:
-        """The same for a file that others read: a path that is absolute or climbs ('..'), the source's own or among the
-        arguments, is cut to its name. Where it lies is a matter of the machine; such code is never opened from there."""
+        """The same for a file that others read: a path that is absolute or climbs ('..'), the source's own or among
+        the arguments, is cut to its name. Where it lies is a matter of the machine; nobody opens it from there."""
         text = self.text
         if self.kind == "file":
             text = f"{_without_folders(self.place)}:{self.name}"

@@ -79,7 +79,7 @@ def _location(tensor: TensorProto) -> str:
     names = [entry.value for entry in tensor.external_data if entry.key == "location"]
     if len(names) != 1:
         raise DoconvError(f"tensor '{tensor.name}' names {len(names)} files for its external data, expected 1.")
-    (name,) = names
+    name = str(names[0])
     if _IN_MEMORY in name:
         raise _refused(tensor, name, "is an address in memory, which no file may give; export the model again")
     paths = PurePosixPath(name), PureWindowsPath(name)
@@ -107,9 +107,8 @@ def _bytes(tensor: TensorProto) -> int:
         raise DoconvError(f"tensor '{tensor.name}' has external data of type {tensor.data_type}, which cannot be read.")
     if any(size < 0 for size in tensor.dims):
         raise DoconvError(f"tensor '{tensor.name}' has the shape {list(tensor.dims)}, which cannot be.")
-    bits = _BITS.get(TensorProto.DataType.Name(tensor.data_type))
-    if bits is None:
-        bits = 8 * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    whole_bytes = 8 * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    bits = _BITS.get(TensorProto.DataType.Name(tensor.data_type), whole_bytes)
     return -(-prod(tensor.dims) * bits // 8)
 
 
