@@ -107,9 +107,9 @@ def _bytes(tensor: TensorProto) -> int:
         raise DoconvError(f"tensor '{tensor.name}' has external data of type {tensor.data_type}, which cannot be read.")
     if any(size < 0 for size in tensor.dims):
         raise DoconvError(f"tensor '{tensor.name}' has the shape {list(tensor.dims)}, which cannot be.")
-    whole_bytes = 8 * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    whole_bytes = 8 * int(helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
     bits = _BITS.get(TensorProto.DataType.Name(tensor.data_type), whole_bytes)
-    return -(-prod(tensor.dims) * bits // 8)
+    return -(-int(prod(tensor.dims)) * bits // 8)
 
 
 def _number(tensor: TensorProto, location: str, key: str, text: str | None) -> int | None:
