@@ -7,9 +7,9 @@ import sys
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before the import
 
-import onnxruntime  # noqa: E402
-import torch  # noqa: E402
-import torchvision  # noqa: E402
+import onnxruntime
+import torch
+import torchvision
 
 
 def main(name: str, path: str) -> None:

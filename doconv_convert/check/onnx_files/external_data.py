@@ -41,14 +41,14 @@ def require_own_data(path: Path) -> None:
     inside = folder.resolve()
     for tensor in _external(read_model(path)):
         location = _location(tensor)
-        place = folder / location
-        if not place.resolve().is_relative_to(inside):
-            raise _refused(tensor, location, "is a link out of the model's folder; put the file itself there")
         try:
+            place = (folder / location).resolve()
             found = place.stat()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # also for a zero byte, and links in a circle
             reason = getattr(error, "strerror", None) or error
             raise _refused(tensor, location, f"cannot be read ({reason}); ship it beside the model") from error
+        if not place.is_relative_to(inside):
+            raise _refused(tensor, location, "is a link out of the model's folder; put the file itself there")
         if not S_ISREG(found.st_mode):
             raise _refused(tensor, location, "is no regular file; export the model again")
         _require_range(tensor, location, found.st_size)
