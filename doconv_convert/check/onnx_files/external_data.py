@@ -1,6 +1,6 @@
 """Where a model's external data may lie: in regular files of the model's own folder, as large as the model says.
 
-Checked here, before any runtime or reader follows the model: onnxruntime before 1.23 reads whatever path a model names,
+Checked here, before any runtime or reader follows the model: onnxruntime 1.22 reads whatever path a model names,
 and takes the address in memory that stands in a path's place in some models for its own.
 """
 
