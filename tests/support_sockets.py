@@ -4,10 +4,15 @@ every process that a test starts.
 On Linux the kernel sees to it (seccomp: `socket(AF_INET)` and `socket(AF_INET6)` raise SIGSYS), elsewhere Python's
 audit events alone, which do not see C++. What needs the loopback device, torch.distributed under gloo, asks for the
 fixture `loopback`: its thread was there before the filter, and neither it nor what it starts has one.
+
+A bare datagram socket is refused, no more: libuuid asks for one to read the network card's address, and does without
+(Python's `uuid1`, in `onnx.save`). Looking up a name opens another kind.
 """
 
 import ctypes
+import errno
 import faulthandler
+import os
 import platform
 import signal
 import socket
@@ -23,7 +28,7 @@ INTERNET = (socket.AF_INET, socket.AF_INET6)
 _ARCHITECTURES = {"x86_64": (0xC000003E, 41), "aarch64": (0xC00000B7, 198)}
 _NO_NEW_PRIVILEGES, _SET_SECCOMP, _FILTER = 38, 22, 2
 _LOAD, _EQUAL, _RETURN = 0x20, 0x15, 0x06
-_ALLOW, _TRAP = 0x7FFF0000, 0x00030000
+_ALLOW, _REFUSE, _TRAP = 0x7FFF0000, 0x00050000, 0x00030000
 _LOOKUPS = ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr", "socket.getnameinfo")
 
 attempts: list[str] = []
@@ -60,7 +65,7 @@ def forbid_sockets() -> tuple[Loopback, str]:
     sys.addaudithook(refuse)
     if not _filter_sockets():
         return loopback, "forbidden to Python code (audit events); C++ is not watched on this system"
-    faulthandler.register(signal.SIGSYS, sys.__stderr__ or 2, chain=True)  # says where, before the process ends
+    faulthandler.register(signal.SIGSYS, os.dup(2), chain=True)  # says where, before the process ends
     return loopback, "forbidden by the kernel (seccomp), in every process of the tests"
 
 
@@ -72,13 +77,16 @@ def _filter_sockets() -> bool:
     # (operation, steps if equal, steps if not, value); the loads read struct seccomp_data
     steps = [
         (_LOAD, 0, 0, 4),
-        (_EQUAL, 0, 5, architecture),
+        (_EQUAL, 0, 7, architecture),
         (_LOAD, 0, 0, 0),
-        (_EQUAL, 0, 3, number),
+        (_EQUAL, 0, 5, number),
         (_LOAD, 0, 0, 16),  # the first argument
-        (_EQUAL, 2, 0, socket.AF_INET),
-        (_EQUAL, 1, 0, socket.AF_INET6),
+        (_EQUAL, 1, 0, socket.AF_INET),
+        (_EQUAL, 0, 2, socket.AF_INET6),
+        (_LOAD, 0, 0, 24),  # the second
+        (_EQUAL, 1, 2, socket.SOCK_DGRAM),
         (_RETURN, 0, 0, _ALLOW),
+        (_RETURN, 0, 0, _REFUSE | errno.EACCES),
         (_RETURN, 0, 0, _TRAP),
     ]
     code = b"".join(struct.pack("=HBBI", *step) for step in steps)

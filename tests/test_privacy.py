@@ -196,3 +196,5 @@ def test_no_test_opens_a_socket(loopback: Callable[..., Any]) -> None:
         code = f"import ctypes, socket; ctypes.CDLL(None).socket(socket.{family}, socket.SOCK_STREAM, 0)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
         assert done.returncode == -signal.SIGSYS
+    code = "import ctypes, socket; print(ctypes.CDLL(None).socket(socket.AF_INET, socket.SOCK_DGRAM, 0))"
+    assert run_python(code).strip() == "-1"
