@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import logging
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -12,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from doconv_convert.cli.console import PrintableFormatter
 from doconv_convert.cli.demo import demo
 from doconv_convert.cli.escapes import printable
 from doconv_convert.cli.flops import flops
@@ -92,12 +95,21 @@ def main() -> None:
     # a short command's time.
     gc.set_threshold(100_000)
     with forgiving_streams():
+        _show_others_lines_printable()
         try:
             app()
         except Exception as error:  # raised with --debug alone
-            sys.stderr.writelines(f"{printable(line)}\n" for line in _traceback(error))
+            sys.stderr.write(_printable_lines("".join(traceback.format_exception(error))))
             sys.exit(1)
 
 
-def _traceback(error: Exception) -> list[str]:
-    return [line for part in traceback.format_exception(error) for line in part.rstrip("\n").split("\n")]
+def _show_others_lines_printable() -> None:
+    """What libraries warn of and log quotes names too."""
+    formatted = warnings.formatwarning
+    warnings.formatwarning = lambda *about, **more: _printable_lines(formatted(*about, **more))
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(PrintableFormatter("%(message)s"))
+
+
+def _printable_lines(text: str) -> str:
+    return "".join(f"{printable(line)}\n" for line in text.rstrip("\n").split("\n"))

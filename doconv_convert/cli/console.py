@@ -247,7 +247,7 @@ def _publish(github: GithubReport) -> None:
         typer.echo(printable(f"warning: the step's summary cannot be written: {error}"), err=True)
 
 
-class _PrintableFormatter(logging.Formatter):
+class PrintableFormatter(logging.Formatter):
     """A record as one line."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -257,7 +257,7 @@ class _PrintableFormatter(logging.Formatter):
 def _shown_log() -> logging.Handler:
     """The package's own records on stderr, with what was decided and why."""
     handler = logging.StreamHandler()
-    handler.setFormatter(_PrintableFormatter("debug: %(name)s: %(message)s"))
+    handler.setFormatter(PrintableFormatter("debug: %(name)s: %(message)s"))
     package = logging.getLogger(_PACKAGE)
     package.setLevel(logging.DEBUG)
     package.addHandler(handler)

@@ -1,9 +1,11 @@
 """A full disk behind stdout, a reader that went away, a summary that cannot be written: the exit code stays."""
 
 import io
+import logging
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,24 @@ def test_a_traceback_is_printable_too(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "Traceback" in said
     assert "\\x1b[2J\n\\x3a:error::x.onnx' cannot be read as an ONNX file" in said
     assert "\x1b" not in said
+    assert "\n::error" not in said
+
+
+def test_what_libraries_warn_of_and_log_is_printable_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def warn(*_: object) -> None:
+        sys.stderr.write(warnings.formatwarning("a\x1b[2J\n::error::b", UserWarning, "lib.py", 1, ""))
+        logging.getLogger("another.library").warning("c\x1b[2J\n::error::d")
+        raise SystemExit(0)
+
+    monkeypatch.setattr(app_module, "app", warn)
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setattr(logging.lastResort, "formatter", None)
+    monkeypatch.setattr(logging.getLogger("another.library"), "propagate", False)  # pytest listens at the root
+    with (tmp_path / "err").open("w") as err:
+        assert run(monkeypatch, err, err) == 0
+    said = (tmp_path / "err").read_text()
+    assert "a\\x1b[2J\n\\x3a:error::b" in said
+    assert "c\\x1b[2J\\n::error::d\n" in said
     assert "\n::error" not in said
 
 

@@ -428,7 +428,7 @@ def test_a_library_that_quotes_the_file(
     def read(*_: object) -> None:
         raise ArithmeticError(POISON)
 
-    monkeypatch.setattr("doconv_convert.workflows.count.count_macs", read)
+    monkeypatch.setattr("doconv_convert.workflows.count.count_models", read)
     path = hostile_onnx(tmp_path / "m.onnx")
     result = run_cli("flops", path, "--format", "github")
     assert result.exit_code == 1
