@@ -15,7 +15,11 @@ Names load on first use, so that importing the package does not import torch.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+# onnxruntime's wheels report to their maker, names of models and nodes among it, unless this is set before they load.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _LAZY_IMPORTS = {
     "DOConv1d": "nn.layers",

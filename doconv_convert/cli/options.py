@@ -121,7 +121,7 @@ def write_report(report: Path | None, command: str, shown: Output) -> None:
     if report is not None:
         from doconv_convert.cli.report.render import write_report
 
-        write_report(report, command, with_options(shown.document))
+        write_report(report, command, shown.folders.left_out(with_options(shown.document)))
         shown.say(f"report: {report}")
 
 

@@ -51,7 +51,8 @@ def to_doconv(
     debug: o.Debug = False,
 ) -> None:
     """Over-parameterize a model's convolutions; what it computes stays the same, bit for bit (checked)."""
-    with output(as_json, quiet, debug, _STEPS) as shown:
+    files = (source, out, weights, input_file, report)
+    with output(as_json, quiet, debug, _STEPS, files=files) as shown:
         if out is None and not dry_run:
             raise UsageError("to-doconv: name the file to write with -o FILE, or pass --dry-run.")
         o.check_report(report, out)

@@ -71,7 +71,8 @@ def verify(
     if attest is not None and certificate is None:
         raise typer.BadParameter("--attest writes a certificate as a statement: pass --certificate too.")
     as_json, github = o.chosen_format(form, as_json, candidate)
-    with output(as_json, quiet, debug, _STEPS, github=github) as shown:
+    files = (candidate, against, certificate, model, weights, input_file, report)
+    with output(as_json, quiet, debug, _STEPS, github=github, files=files) as shown:
         o.check_report(report, candidate, certificate, None if against is None else Path(against))
         if certificate is not None:
             if model is not None or weights is not None:

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from doconv_convert.check.certificate.attestation import certified, statement
 from doconv_convert.check.certificate.side_file import describe_inputs, describe_outputs, write_reference
 from doconv_convert.check.macs.counting import MacCount
-from doconv_convert.check.onnx_files.model import external_files, onnx_input_shapes
+from doconv_convert.check.onnx_files.external_data import external_files
+from doconv_convert.check.onnx_files.model import onnx_input_shapes
 from doconv_convert.check.outputs.expected import ReferenceRun
 from doconv_convert.check.proof import dynamic_sizes
 from doconv_convert.check.status import Proof, without_nan
@@ -191,11 +192,12 @@ def _source(source: Source | None) -> dict[str, Any]:
     """The source as the user wrote it; of a file its name and hash, since its folder is a matter of the machine."""
     if source is None:
         return {"source": "in memory", "args": {}}
+    told = source.without_folders().to_json()
     if source.kind not in ("file", "program"):
-        return source.to_json()
+        return told
     path = Path(source.place if source.kind == "file" else source.text)
     text = f"{path.name}:{source.name}" if source.kind == "file" else path.name
-    return {"source": text, "args": dict(source.args), "sha256": content_hash(path)}
+    return {**told, "source": text, "sha256": content_hash(path)}
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
