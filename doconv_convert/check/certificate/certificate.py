@@ -13,10 +13,12 @@ from pathlib import Path
 from platform import python_version
 from typing import TYPE_CHECKING, Any
 
-from doconv_convert.check.certificate.reading import FORMAT, VERSION, digest, rendered
+from doconv_convert.check.certificate.attestation import statement
+from doconv_convert.check.certificate.reading import FORMAT, VERSION, digest, read_certificate, rendered
 from doconv_convert.check.certificate.side_file import describe_inputs, describe_outputs, write_reference
 from doconv_convert.check.macs.result import MacCount
-from doconv_convert.check.onnx_files.model import external_files, onnx_input_shapes
+from doconv_convert.check.onnx_files.external_data import external_files
+from doconv_convert.check.onnx_files.model import onnx_input_shapes
 from doconv_convert.check.outputs.expected import ReferenceRun
 from doconv_convert.check.proof import dynamic_sizes
 from doconv_convert.check.status import Proof, without_nan
@@ -32,10 +34,11 @@ SCHEMA = Path(__file__).with_name("certificate.schema.json")
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a file comes from: the trained checkpoint (a file or a folder), its network, and how it was exported."""
+    """Where a file comes from: the trained checkpoint (a file or a folder), its network (None: a model in memory), and
+    how it was exported."""
 
     checkpoint: Path
-    source: Source
+    source: Source | None
     opset: int
     exporter: str
 
@@ -71,6 +74,17 @@ def write_certificate(onnx: Path, proof: Proof, reference: ReferenceRun, origin:
     with atomic_write(path) as temporary:
         temporary.write_bytes(rendered(content))
     return [reference_path(onnx), path]
+
+
+def write_statement(certificate: Path, target: Path) -> None:
+    """Write a certificate as an in-toto statement (`attestation.py`), unsigned; the same certificate, the same bytes.
+
+    Raises what `read_certificate` raises, and DoconvError where `target` cannot be written.
+    """
+    content = read_certificate(certificate)
+    content = {**content, "digest": digest(content)}
+    with atomic_write(target) as temporary:
+        temporary.write_bytes(rendered(statement(content)))
 
 
 def file_hashes(onnx: Path) -> dict[str, Any]:
@@ -109,6 +123,7 @@ def _content(onnx: Path, proof: Proof, count: MacCount, reference: ReferenceRun,
             "outputs": {
                 "reference": {"name": reference_path(onnx).name, "sha256": content_hash(reference_path(onnx))},
                 "samples": reference.samples,
+                "compared": reference.compared,
                 "inputs": describe_inputs(names, reference),
                 "tensors": [{**one, **more} for one, more in zip(described, figures, strict=True)],
                 "detections": [dict(group) for group in reference.detections],
@@ -119,13 +134,16 @@ def _content(onnx: Path, proof: Proof, count: MacCount, reference: ReferenceRun,
     return content
 
 
-def _source(source: Source) -> dict[str, Any]:
+def _source(source: Source | None) -> dict[str, Any]:
     """The source as the user wrote it; of a file its name and hash, since its folder is a matter of the machine."""
+    if source is None:
+        return {"source": "in memory", "args": {}}
+    told = source.without_folders().to_json()
     if source.kind not in ("file", "program"):
-        return source.to_json()
+        return told
     path = Path(source.place if source.kind == "file" else source.text)
     text = f"{path.name}:{source.name}" if source.kind == "file" else path.name
-    return {"source": text, "args": dict(source.args), "sha256": content_hash(path)}
+    return {**told, "source": text, "sha256": content_hash(path)}
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:

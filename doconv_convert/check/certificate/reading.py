@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from doconv_convert.check.certificate.attestation import certified
 from doconv_convert.errors import CheckFailedError, DoconvError
 
 FORMAT = "doconv-convert certificate"
@@ -19,7 +20,7 @@ MOST_DIGITS = 40
 
 
 def read_certificate(path: Path) -> dict[str, Any]:
-    """The content of a certificate whose digest is right.
+    """The content, without its digest, of a certificate whose digest is right; of one in an in-toto statement too.
 
     Raises CheckFailedError where the document is damaged or was edited, DoconvError where there is none or it is
     of a later version.
@@ -42,9 +43,12 @@ def read_certificate(path: Path) -> dict[str, Any]:
         )
     except (ValueError, RecursionError) as error:
         raise CheckFailedError(f"'{path}' is not JSON: it was changed after it was written ({error}).") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict):
+        raise CheckFailedError(f"'{path}' is no certificate of doconv-convert: expected a JSON object.")
+    document, content = content, dict(certified(content, str(path)))
+    if content.get("format") != FORMAT:
         raise CheckFailedError(f'\'{path}\' is no certificate of doconv-convert: expected "format": "{FORMAT}".')
-    unchanged = data.replace(b"\r\n", b"\n") == rendered(content)  # as git checks text out on Windows
+    unchanged = data.replace(b"\r\n", b"\n") == rendered(document)  # as git checks text out on Windows
     found, expected = content.pop("digest", None), digest(content)
     if found != expected:
         raise CheckFailedError(

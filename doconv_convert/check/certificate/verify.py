@@ -102,7 +102,7 @@ def _files(process: Confined, candidate: Path, certificate: Path, content: Mappi
         return _another(f"'{candidate}' is not the file of this certificate: its SHA-256 is {found}")
     if content_hash(reference) != content["outputs"]["reference"]["sha256"]:
         return _another(f"'{reference}' is not the side file of this certificate")
-    names = process.call("check.onnx_files.model:external_files", candidate)
+    names = process.call("check.onnx_files.external_data:external_files", candidate)
     hashes = {one["name"]: one["sha256"] for one in model["external"]}
     if sorted(hashes) != names:
         return _another(f"the model's data files are {names}, the certificate's {sorted(hashes)}")

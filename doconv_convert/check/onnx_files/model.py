@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -11,6 +11,7 @@ import onnx
 from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
 from onnx import helper
 
+from doconv_convert.check.onnx_files.names import undecodable_name
 from doconv_convert.errors import DoconvError
 from doconv_convert.files import require_file
 
@@ -48,25 +49,9 @@ def read_model(model: ModelSource) -> onnx.ModelProto:
     domains = ["" if one.domain == "ai.onnx" else one.domain for one in loaded.opset_import]
     if len(domains) > len(set(domains)):
         raise DoconvError(f"'{path}' names the opset of a domain twice: export it again")
+    if (name := undecodable_name(loaded)) is not None:
+        raise DoconvError(f"'{path}' has the name {name!r}, which is no UTF-8 text: export it again")
     return loaded
-
-
-def external_files(model: ModelSource) -> list[str]:
-    """The names of the files that hold the model's external data, as the model names them, in order.
-
-    Raises DoconvError for one that lies outside of the model's folder.
-    """
-    names = {
-        entry.value
-        for tensor in _tensors(read_model(model))
-        if tensor.data_location == onnx.TensorProto.EXTERNAL
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    for name in names:
-        if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
-            raise DoconvError(f"external data points out of the model's folder: '{name}'")
-    return sorted(names)
 
 
 def has_branches(model: ModelSource) -> bool:
@@ -77,7 +62,19 @@ def has_branches(model: ModelSource) -> bool:
     return any(attribute.type == graph for node in nodes for attribute in node.attribute)
 
 
-def _tensors(part: Message) -> Iterator[onnx.TensorProto]:
+def constant_outputs(model: ModelSource) -> set[str]:
+    """The outputs that no input's values reach; its sizes may (an operator Shape, a constant expanded to the batch)."""
+    graph = read_model(model).graph
+    reached = {value.name for value in graph.input} - {value.name for value in graph.initializer}
+    for node in graph.node:
+        # what a subgraph reads from around it, it does not list: taken for an input's value
+        holds_graph = any(attribute.type == onnx.AttributeProto.GRAPH for attribute in node.attribute)
+        if node.op_type not in ("Shape", "Size") and (holds_graph or reached & set(node.input)):
+            reached |= set(node.output)
+    return {value.name for value in graph.output} - reached
+
+
+def tensors(part: Message) -> Iterator[onnx.TensorProto]:
     """Every tensor in a model, wherever it stands: initializers, attributes, subgraphs, functions."""
     if isinstance(part, onnx.TensorProto):
         yield part
@@ -85,7 +82,7 @@ def _tensors(part: Message) -> Iterator[onnx.TensorProto]:
     for field, value in part.ListFields():
         if field.message_type is not None:
             for one in value if field.is_repeated else (value,):
-                yield from _tensors(one)
+                yield from tensors(one)
 
 
 def present(names: Sequence[str]) -> list[str]:
