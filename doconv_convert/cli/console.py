@@ -125,6 +125,8 @@ class Output:
         for name, state, lines in rows:
             if state == "failed":
                 self.annotate(f"{name}: {lines[0]}", *lines[1:])
+        if proof.compared:
+            self.say(f"compared on {proof.compared}")
         self.say(f"{proof.file}: {proof.verdict}")
 
     def fail(self, error: BaseException, debug: bool, code: int, message: str | None = None) -> NoReturn:

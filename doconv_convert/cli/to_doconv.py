@@ -86,7 +86,7 @@ def to_doconv(
 
 
 def _show(shown: Output, planned: Plan, samples: int) -> None:
-    head = ["layer", "kind", "kernel", "groups", "D_mul", "added", "MACs", "action"]
+    head = ["layer", "kind", "kernel", "groups", "D_mul", "added", "MACs", "lever", "action"]
     rows = [
         [
             row.name,
@@ -96,15 +96,21 @@ def _show(shown: Output, planned: Plan, samples: int) -> None:
             "-" if row.d_mul is None else row.d_mul,
             row.added_parameters,
             "-" if row.macs is None else row.macs // samples,
+            "-" if row.lever is None else f"{row.lever:.2g}",
             row.action if row.reason is None else f"{row.action}: {row.reason}",
         ]
         for row in planned.rows
     ]
-    shown.table(head, rows, right=(3, 4, 5, 6))
+    shown.table(head, rows, right=(3, 4, 5, 6, 7))
     counts = ", ".join(f"{count} {what}" for what, count in planned.counts().items())
     shown.say(
         f"{planned.model}: {counts}; {planned.added_parameters:,} parameters added for training (MACs: one sample)"
     )
+    if planned.median_lever is not None:
+        shown.say(
+            f"lever: D changes an SGD step by {planned.median_lever:.2g} of its size in the median layer, at equal "
+            f"learning rates (measured at {planned.levers_of}); docs/how_it_works.md"
+        )
     for path in planned.not_looked_into:
         shown.say(f"not looked into: '{path or planned.model}'; give --input-shape")
 

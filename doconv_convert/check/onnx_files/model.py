@@ -48,6 +48,18 @@ def has_branches(model: ModelSource) -> bool:
     return any(attribute.type == graph for node in nodes for attribute in node.attribute)
 
 
+def constant_outputs(model: ModelSource) -> set[str]:
+    """The outputs that no input's values reach; its sizes may (an operator Shape, a constant expanded to the batch)."""
+    graph = read_model(model).graph
+    reached = {value.name for value in graph.input} - {value.name for value in graph.initializer}
+    for node in graph.node:
+        # what a subgraph reads from around it, it does not list: taken for an input's value
+        holds_graph = any(attribute.type == onnx.AttributeProto.GRAPH for attribute in node.attribute)
+        if node.op_type not in ("Shape", "Size") and (holds_graph or reached & set(node.input)):
+            reached |= set(node.output)
+    return {value.name for value in graph.output} - reached
+
+
 def tensors(part: Message) -> Iterator[onnx.TensorProto]:
     """Every tensor in a model, wherever it stands: initializers, attributes, subgraphs, functions."""
     if isinstance(part, onnx.TensorProto):

@@ -65,6 +65,11 @@ class OnnxSession:
         except Exception as error:
             shapes = ", ".join(f"{name} {array.shape}" for name, array in feeds.items())
             raise DoconvError(f"onnxruntime cannot run '{self.path}' on {shapes}: {_first_line(error)}") from error
+        for name, value in zip(self.outputs, values, strict=True):
+            if not isinstance(value, np.ndarray | np.generic):
+                raise DoconvError(
+                    f"output '{name}' of '{self.path}' is a sequence or a map: only tensors can be compared."
+                )
         return [np.asarray(value) for value in values]
 
 
