@@ -13,6 +13,7 @@ from doconv_convert.cli.fold import fold
 from doconv_convert.cli.rehearse import rehearse
 from doconv_convert.cli.to_doconv import to_doconv
 from doconv_convert.cli.verify import verify
+from doconv_convert.interrupts import end_on_signals
 
 app = typer.Typer(
     name="doconv-convert",
@@ -59,4 +60,5 @@ def main() -> None:
     # Imports make objects by the hundred thousand that all stay: looking for garbage among them takes a tenth of
     # a short command's time.
     gc.set_threshold(100_000)
+    end_on_signals()
     app()

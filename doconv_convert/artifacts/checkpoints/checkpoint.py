@@ -25,7 +25,7 @@ from doconv_convert.artifacts.checkpoints.recipe import (
 from doconv_convert.artifacts.checkpoints.unwrap import AVERAGED
 from doconv_convert.artifacts.sources.source import Source, build, parse_source
 from doconv_convert.errors import DoconvError
-from doconv_convert.files import atomic_write
+from doconv_convert.files import FREE, atomic_write, require_safetensors
 from doconv_convert.nn.composition import memory_format
 from doconv_convert.nn.factors import refuse_shards
 from doconv_convert.rewrite.foreign.authors import folded_authors_kernel, install_authors
@@ -43,8 +43,10 @@ def save(model: nn.Module, path: str | Path, *, source: Source | str | None = No
     bytes.
 
     `source` ("torchvision:resnet18", ...) lets `load` and the command line rebuild the model without being told.
-    Raises DoconvError for a state that is not tensors, is on the meta device, or cannot be written.
+    Raises UsageError for a path that does not end in .safetensors, DoconvError for a state that is not tensors, is on
+    the meta device, or cannot be written.
     """
+    require_safetensors(Path(path), "path")
     refuse_shards(model, "save it with torch.distributed.checkpoint")
     source = parse_source(source) if isinstance(source, str) else source
     stored: dict[str, Tensor] = {}
@@ -75,7 +77,7 @@ def write_tensors(stored: dict[str, Tensor], recipe: Recipe, path: Path) -> None
         try:
             save_file(stored, temporary, metadata={METADATA_KEY: recipe.dump()})
         except SafetensorError as error:  # its words for what the operating system said
-            raise DoconvError(f"cannot write '{path}': {error}; free the place or choose another folder") from error
+            raise DoconvError(f"cannot write '{path}': {error}; {FREE}") from error
         except KeyError as error:
             names = ", ".join(f"'{name}'" for name, tensor in stored.items() if tensor.dtype == error.args[0])
             raise DoconvError(f"{names}: tensors of {error.args[0]} cannot be stored as safetensors.") from error
