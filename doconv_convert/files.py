@@ -55,7 +55,7 @@ def temporary_beside(target: Path) -> Iterator[Path]:
     """
     with workspace_beside(target) as folder:
         temporary = folder / target.name
-        with _refused(target, temporary):
+        with refused(target, temporary):
             # not tempfile: its files are private (0600), and the mode would survive the rename
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
             yield temporary
@@ -68,7 +68,7 @@ def workspace_beside(target: Path) -> Iterator[Path]:
 
     Raises DoconvError where `target` is no place for a file, or writing fails.
     """
-    with _refused(target, target):
+    with refused(target, target):
         _check_place(target)
     with _workspace(target, target.parent, target.name) as folder:
         yield folder
@@ -83,9 +83,7 @@ def scratch_folder() -> Iterator[Path]:
         yield folder
 
 
-def install_files(
-    moves: Sequence[tuple[Path, Path]], stale: Sequence[Path] = (), *, like: Path | None = None
-) -> None:
+def install_files(moves: Sequence[tuple[Path, Path]], stale: Sequence[Path] = (), *, like: Path | None = None) -> None:
     """Puts finished files in their places, in order, each by one rename within its file system, and takes `stale` files
     away. All of it or nothing: after a failure, or Ctrl-C in between, the old files are back.
 
@@ -94,7 +92,7 @@ def install_files(
     where a place cannot be written.
     """
     for finished, target in moves:
-        with _refused(target, finished):
+        with refused(target, finished):
             mode = _mode(target) or (None if like is None else _mode(like))
             if mode is not None:
                 finished.chmod(mode)
@@ -107,16 +105,16 @@ def install_files(
         scope.enter_context(held())
         backups = []
         for finished, target in moves:
-            with _refused(target, finished):
+            with refused(target, finished):
                 if not alone:
                     backups.append(_back_up(target, finished, undo))
                 os.replace(finished, target)
         for path in stale:
-            with _refused(path, path):
+            with refused(path, path):
                 backups.append(_set_aside(path, moves[0][0], undo))
         if os.name == "posix":  # elsewhere a folder cannot be opened
             for folder in folders:
-                with _refused(moves[0][1], folder):
+                with refused(moves[0][1], folder):
                     _sync(folder)
         undo.pop_all()
         for backup in backups:
@@ -151,7 +149,7 @@ def content_hash(path: Path) -> str:
 
 def require_safetensors(path: Path, argument: str) -> None:
     """Raises UsageError where the name promises another format: who loads 'x.pth' unpickles it."""
-    if path.suffix.lower() != ".safetensors":
+    if path.suffix.lower() != ".safetensors" and not path.is_dir():
         raise UsageError(
             f"`{argument}` names '{path}', expected a name that ends in .safetensors, the format that is written: "
             f"'{path.with_suffix('.safetensors').name}' (safetensors.torch.load_file reads it, torch.load does not)."
@@ -161,9 +159,9 @@ def require_safetensors(path: Path, argument: str) -> None:
 @contextmanager
 def _workspace(target: Path, beside: Path, name: str) -> Iterator[Path]:
     with ExitStack() as scope:
-        with _refused(target, beside):
+        with refused(target, beside):
             folder = scope.enter_context(workspace(beside, name))
-        with _refused(target, folder):
+        with refused(target, folder):
             yield folder
 
 
@@ -209,14 +207,15 @@ def _check_place(target: Path) -> None:
 
 
 @contextmanager
-def _refused(target: Path, temporary: Path) -> Iterator[None]:
-    """Turns the operating system's refusals to write `temporary`, or in it, into a DoconvError about `target`."""
+def refused(target: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Turns the operating system's refusals to write `temporary` (by default `target` itself), or in it, into a
+    DoconvError about `target`."""
     try:
         yield
     except OSError as error:
         # a copy that fails names its source first
         named = [str(name) for name in (error.filename, error.filename2) if name is not None]
-        if named and not any(name.startswith(str(temporary)) for name in named):
+        if named and not any(name.startswith(str(temporary or target)) for name in named):
             raise  # about some other file that the caller's own code opened
         reason = error.strerror or str(error)
         raise DoconvError(f"cannot write '{target}': {reason}; {FREE}") from error

@@ -1,8 +1,8 @@
 """Being told to end (SIGINT, SIGTERM, SIGHUP): what the process made for itself goes, then it ends.
 
-An exception alone would not do: it is lost in callbacks of weak references and in `except BaseException`, executors wait
-for their threads, and a native call makes it wait. So the handler itself undoes what is registered here and ends the
-process. Only a command installs it (`end_on_signals`); in a library's caller Ctrl-C stays a KeyboardInterrupt.
+An exception alone would not do: it is lost in callbacks of weak references and in `except BaseException`, executors
+wait for their threads, and a native call makes it wait. So the handler itself undoes what is registered here and ends
+the process. Only a command installs it (`end_on_signals`); in a library's caller Ctrl-C stays a KeyboardInterrupt.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support_cli import ROOT, names, tiny_file, trained_tiny, write_model
+from support_cli import ROOT, names
 
 from doconv_convert.files import atomic_write
 from doconv_convert.workspace import workspace

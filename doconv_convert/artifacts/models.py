@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from doconv_convert.artifacts.checkpoints.checkpoint import fitted, load_into
-from doconv_convert.artifacts.checkpoints.reading import INDEX_SUFFIX, read_checkpoint, require_finite
+from doconv_convert.artifacts.checkpoints.places import INDEX_SUFFIX
+from doconv_convert.artifacts.checkpoints.reading import read_checkpoint, require_finite
 from doconv_convert.artifacts.checkpoints.unwrap import Selection
 from doconv_convert.artifacts.sources.images import read_image
 from doconv_convert.artifacts.sources.inputs import (

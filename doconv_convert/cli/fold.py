@@ -60,7 +60,8 @@ def fold(
     children = 0 if onnx is None else 1 if no_verify else 2
     as_json, github = o.chosen_format(form, as_json, onnx or checkpoint)
     with output(as_json, quiet, debug, _STEPS, github=github) as shown, waiting_children(children) as waiting:
-        o.check_report(report, checkpoint, out, onnx)
+        reads = {"the checkpoint": checkpoint, "`model`": model, "`input_file`": input_file}
+        o.check_outputs(reads, {"`plain`": out, "`onnx`": onnx, "`report`": report}, github is not None)
         from doconv_convert.workflows.fold_request import FoldRequest
 
         request = FoldRequest(

@@ -28,6 +28,8 @@ _OPTIONS = {
     "onnx": "--onnx",
     "plain": "-o",
     "prefix": "--prefix",
+    "report": "--report",
+    "resume": "--resume",
     "verify=False": "--no-verify",
     "weights": "--weights",
 }

@@ -64,7 +64,9 @@ def verify(
         raise typer.BadParameter("say what to check against: --against or --certificate, one of them.")
     as_json, github = o.chosen_format(form, as_json, candidate)
     with output(as_json, quiet, debug, _STEPS, github=github) as shown:
-        o.check_report(report, candidate, certificate, None if against is None else Path(against))
+        reads = {"the candidate": candidate, "`against`": against, "`certificate`": certificate}
+        reads |= {"`model`": model, "`weights`": weights, "`input_file`": input_file}
+        o.check_outputs(reads, {"`report`": report}, github is not None)
         if certificate is not None:
             if model is not None or weights is not None:
                 raise UsageError(

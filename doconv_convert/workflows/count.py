@@ -108,9 +108,7 @@ def count_source(
 
     def export(folder: Path, flags: Flags, batch: int | None = None) -> Path:
         by_graph = bool(report.by_graph)
-        return export_baseline(
-            folder, opened.source, report.model, inputs, flags, batch=batch, fold_foreign=by_graph
-        )
+        return export_baseline(folder, opened.source, report.model, inputs, flags, batch=batch, fold_foreign=by_graph)
 
     with scratch_folder() as folder:
         baseline = export(folder, Flags())

@@ -29,7 +29,7 @@ from doconv_convert.check.status import Proof
 from doconv_convert.check.torch_runs.device import find_device
 from doconv_convert.check.torch_runs.exact_start import run_in_eval
 from doconv_convert.check.torch_runs.memory import is_large
-from doconv_convert.errors import DoconvError, UsageError
+from doconv_convert.errors import UsageError
 from doconv_convert.files import check_writable, temporary_beside, workspace_beside
 from doconv_convert.workflows.exports import export_and_run, export_job, threads_beside, write_inputs
 from doconv_convert.workflows.fold_request import FoldRequest

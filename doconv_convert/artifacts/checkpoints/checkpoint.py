@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from doconv_convert.artifacts.checkpoints.foreign_keys import Unit, find_units, names_when_folded, units_told
+from doconv_convert.artifacts.checkpoints.foreign_keys import Unit, find_units, units_told
+from doconv_convert.artifacts.checkpoints.prefixes import FORGIVEN, as_in_model, tied
 from doconv_convert.artifacts.checkpoints.reading import Checkpoint, read_checkpoint
 from doconv_convert.artifacts.checkpoints.recipe import (
     METADATA_KEY,
@@ -22,7 +23,6 @@ from doconv_convert.artifacts.checkpoints.recipe import (
     recipe_sites,
     sites_from_keys,
 )
-from doconv_convert.artifacts.checkpoints.unwrap import AVERAGED
 from doconv_convert.artifacts.sources.source import Source, build, parse_source
 from doconv_convert.errors import DoconvError
 from doconv_convert.files import FREE, atomic_write, require_safetensors
@@ -32,9 +32,6 @@ from doconv_convert.rewrite.foreign.authors import folded_authors_kernel, instal
 from doconv_convert.rewrite.options import Options
 from doconv_convert.words import listed
 
-_PREFIXES = ("module.", "_orig_mod.", "model.")
-# Absent from files older than torch 0.4.1; torch itself fills it in, in strict loads too.
-_FORGIVEN = "num_batches_tracked"
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -125,29 +122,10 @@ def fitted(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
     if checkpoint.recipe is not None or checkpoint.units:
         return checkpoint
     own = model.state_dict().keys()
-    checkpoint = without_prefixes(checkpoint, own)
+    checkpoint = as_in_model(checkpoint, model)
     units = find_units(checkpoint.state, checkpoint.path, own)
     units = tuple(unit for unit in units if unit.key("weight") in own)  # others are unexpected keys
     return with_units(checkpoint, units)
-
-
-def without_prefixes(checkpoint: Checkpoint, own: Set[str] | None = None) -> Checkpoint:
-    """The checkpoint without the prefixes that wrappers (DDP, torch.compile, Lightning) put before every key.
-
-    Only where no key fits the model's `own` (known or not): a network may have a child named `model` of its own.
-    """
-    state, notes = checkpoint.state, list(checkpoint.notes)
-    if AVERAGED in state and AVERAGED not in (own or ()):
-        state = {key: value for key, value in state.items() if key != AVERAGED}
-        notes.append(f"took the averaged weights (there is an '{AVERAGED}')")
-    kept = replace(checkpoint, state=state, notes=tuple(notes))
-    while own is None or not own & names_when_folded(state):
-        prefix = next((one for one in _PREFIXES if all(key.startswith(one) for key in state)), None)
-        if prefix is None or not state:
-            return kept if own is not None else replace(checkpoint, state=state, notes=tuple(notes))
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-        notes.append(f"stripped '{prefix}' from every key")
-    return replace(checkpoint, state=state, notes=tuple(notes))
 
 
 def plain_tensors(units: Sequence[Unit], model: nn.Module, path: str) -> dict[str, Tensor]:
@@ -212,12 +190,13 @@ def _same(a: Unit, b: Unit) -> bool:
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], path: str) -> None:
     """`load_state_dict` with every difference named, in the state's dtypes. Raises DoconvError, first."""
-    _require_fit(model, state, path)
     own = model.state_dict(keep_vars=True)
+    state = {**state, **tied(state, own)}
+    _require_fit(model, state, path)
     for name, tensor in own.items():
         if name in state and tensor.dtype != state[name].dtype:
             tensor.data = tensor.data.to(state[name].dtype)
-    forgiven = {name: own[name] for name in own.keys() - state.keys() if name.endswith(_FORGIVEN)}
+    forgiven = {name: own[name] for name in own.keys() - state.keys() if name.endswith(FORGIVEN)}
     versioned = OrderedDict({**state, **forgiven})
     # Without the versions that `state_dict` gives to modules, torchvision's MNASNet refuses its own tensors.
     vars(versioned)["_metadata"] = vars(own)["_metadata"]
@@ -230,7 +209,8 @@ def _require_fit(model: nn.Module, state: Mapping[str, Tensor], path: str, *, pl
     `plain`: `model` is still to be converted, so that keys which may belong to a D are no reason to refuse.
     """
     own = model.state_dict(keep_vars=True)
-    missing = [k for k in own if k not in state and not k.endswith(_FORGIVEN)]
+    state = {**state, **tied(state, own)}
+    missing = [k for k in own if k not in state and not k.endswith(FORGIVEN)]
     unexpected = [k for k in state if k not in own and not (plain and may_be_factor(k, own))]
     misshapen = [
         f"'{k}' got {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"

@@ -1,5 +1,5 @@
-"""A process of our own that answers questions: both are JSON, a line each. It does not outlive its parent, and neither do
-its temporary files: they lie in a folder of the parent's.
+"""A process of our own that answers questions: both are JSON, a line each. It does not outlive its parent, and neither
+do its temporary files: they lie in a folder of the parent's.
 
 A fresh interpreter, not a fork: OpenMP's threads do not survive forking.
 """
