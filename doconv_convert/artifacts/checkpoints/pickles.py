@@ -29,9 +29,8 @@ _PICKLE_BYTES = 2**28
 # The format before torch 1.6: magic number, protocol, system, content, the storages' keys; then the storages.
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
-# Paths in a pickled module deeper than this are no network's.
-_DEEPEST = 64
-_MOST_TENSORS = 1_000_000
+# No network has more, or any so deep; a module that holds another twice, which does so too, has 2^depth.
+_MOST_MODULES, _DEEPEST = 100_000, 64
 _CHUNK = 2**24
 
 
@@ -237,17 +236,18 @@ def module_state(content: Any) -> dict[str, Any] | None:
     if not _is_module(content):
         return None
     state: dict[str, Any] = {}
-    open_parts = [(content, "", 0)]
+    open_parts, seen = [(content, "", 0)], 0
     while open_parts:
         module, prefix, depth = open_parts.pop()
+        seen += 1
+        if depth > _DEEPEST or seen > _MOST_MODULES:
+            raise ValueError("modules within modules without end")
         fields = module.state
         not_saved = fields.get("_non_persistent_buffers_set")
         for kind in ("_parameters", "_buffers"):
             for name, value in (fields.get(kind) or {}).items():
                 if value is not None and not (kind == "_buffers" and _holds(not_saved, name)):
                     state[f"{prefix}{name}"] = value
-        if depth > _DEEPEST or len(state) + len(open_parts) > _MOST_TENSORS:
-            raise ValueError("modules within modules without end")
         children = (fields.get("_modules") or {}).items()
         open_parts += [(child, f"{prefix}{name}.", depth + 1) for name, child in children if _is_module(child)][::-1]
     return state

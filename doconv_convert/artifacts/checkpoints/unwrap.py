@@ -50,7 +50,8 @@ class Unwrapper:
         wrapper = next((name for name in WRAPPERS if name in nested), None)
         swapped = _swapped(content) if wrapper == "state_dict" else None
         asked = self.selection.prefix.partition(".")[0] if "." in self.selection.prefix else ""
-        if asked in nested and asked not in (wrapper, average):
+        entered = average if self._open and average is not None and swapped is None else wrapper
+        if asked in nested and asked != entered:
             return None
         if swapped is not None:
             self._open = False
