@@ -59,7 +59,7 @@ def fold(
     # The exporting processes import torch while this one does too, and folds.
     children = 0 if onnx is None else 1 if no_verify else 2
     as_json, github = o.chosen_format(form, as_json, onnx or checkpoint)
-    with output(as_json, quiet, debug, _STEPS, github=github) as shown, waiting_children(children) as waiting:
+    with output(as_json, quiet, debug, _STEPS, github=github) as shown:
         reads = {"the checkpoint": checkpoint, "`model`": model, "`input_file`": input_file}
         o.check_outputs(reads, {"`plain`": out, "`onnx`": onnx, "`report`": report}, github is not None)
         from doconv_convert.workflows.fold_request import FoldRequest
@@ -83,9 +83,10 @@ def fold(
             layers=as_json or report is not None,
         )
         o.announce_code(shown, model)
-        from doconv_convert.workflows.fold import fold_checkpoint
+        with waiting_children(children) as waiting:
+            from doconv_convert.workflows.fold import fold_checkpoint
 
-        result = fold_checkpoint(request, waiting=waiting, progress=shown.step)
+            result = fold_checkpoint(request, waiting=waiting, progress=shown.step)
         shown.document = result.to_json()
         o.write_report(report, "fold", shown)
         _show(shown, result)

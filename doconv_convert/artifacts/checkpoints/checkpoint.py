@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from doconv_convert.artifacts.checkpoints.bounded import build_within
 from doconv_convert.artifacts.checkpoints.foreign_keys import Unit, find_units, units_told
 from doconv_convert.artifacts.checkpoints.prefixes import FORGIVEN, as_in_model, tied
 from doconv_convert.artifacts.checkpoints.reading import Checkpoint, read_checkpoint
@@ -23,7 +24,7 @@ from doconv_convert.artifacts.checkpoints.recipe import (
     recipe_sites,
     sites_from_keys,
 )
-from doconv_convert.artifacts.sources.source import Source, build, parse_source
+from doconv_convert.artifacts.sources.source import Source, parse_source
 from doconv_convert.errors import DoconvError
 from doconv_convert.files import FREE, atomic_write, require_safetensors
 from doconv_convert.nn.composition import memory_format
@@ -91,7 +92,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     if model is None:
         if checkpoint.recipe is None:
             raise DoconvError(f"'{path}' has no recipe; pass the network it belongs to: load(path, model=...).")
-        model = build(checkpoint.recipe.trusted_source(str(path)))
+        model = build_within(checkpoint.recipe.trusted_source(str(path)), checkpoint.state, str(path))
     return load_into(model, checkpoint)
 
 
