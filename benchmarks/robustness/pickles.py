@@ -2,10 +2,11 @@
 
     python benchmarks/robustness/pickles.py [--count 2000] [--seed 0] [--json docs/data/pickles.json]
 
-Each is drawn: opcodes of every protocol that call, build, look up and nest; calls of functions that would leave a marker;
-state given to classes and functions; bombs (memory, time, depth); honest files of trainers with such parts planted into
-them; bytes flipped. They come as `torch.save` zips them, as before torch 1.6, bare, and as `.metadata` of a distributed
-checkpoint. Python's own audit events are watched: no import, no file but the one, no process, no socket, no `exec`.
+Each is drawn: opcodes of every protocol that call, build, look up and nest; calls of functions that would leave a
+marker; state given to classes and functions; bombs (memory, time, depth); honest files of trainers with such parts
+planted into them; bytes flipped. They come as `torch.save` zips them, as before torch 1.6, bare, and as `.metadata` of
+a distributed checkpoint. Python's own audit events are watched: no import, no file but the one, no process, no socket,
+no `exec`.
 """
 
 from __future__ import annotations

@@ -18,11 +18,11 @@ _ONE_TENSOR, _ALL_TENSORS = 4, 8
 _FREE = 2**24
 
 
-class _Budget(TorchDispatchMode):
+class _Budget(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Holds what is about to be allocated against what the file has, before it is."""
 
     def __init__(self, held: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.held, self.total = held, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

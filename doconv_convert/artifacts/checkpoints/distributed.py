@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from doconv_convert.artifacts.checkpoints.inert import StoredTensor
 from doconv_convert.artifacts.checkpoints.pickles import open_pickled
 from doconv_convert.artifacts.checkpoints.places import METADATA_FILE
+from doconv_convert.artifacts.checkpoints.records import StoredTensor
 from doconv_convert.artifacts.checkpoints.unwrap import Unwrapper
 from doconv_convert.errors import DoconvError
 from doconv_convert.words import listed

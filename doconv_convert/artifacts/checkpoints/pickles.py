@@ -18,7 +18,8 @@ from typing import Any, BinaryIO, cast
 import torch
 from torch import Tensor
 
-from doconv_convert.artifacts.checkpoints.inert import ITEM_BYTES, Machine, Storage, StoredTensor, Stub, is_ordinary
+from doconv_convert.artifacts.checkpoints.inert import Machine
+from doconv_convert.artifacts.checkpoints.records import ITEM_BYTES, Storage, StoredTensor, Stub, is_ordinary
 from doconv_convert.errors import DoconvError
 from doconv_convert.words import listed
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from doconv_convert.artifacts.checkpoints.distributed import read_distributed
 from doconv_convert.artifacts.checkpoints.foreign_keys import Unit
-from doconv_convert.artifacts.checkpoints.inert import StoredTensor, Stub
 from doconv_convert.artifacts.checkpoints.pickles import damaged, open_pickled, refused, with_modules
 from doconv_convert.artifacts.checkpoints.places import find_place, read_index
 from doconv_convert.artifacts.checkpoints.recipe import METADATA_KEY, Recipe
+from doconv_convert.artifacts.checkpoints.records import StoredTensor, Stub
 from doconv_convert.artifacts.checkpoints.unwrap import Selection, Unwrapper, under_prefix, unwrap
 from doconv_convert.errors import DoconvError
 from doconv_convert.words import listed

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from doconv_convert.artifacts.checkpoints import inert
-from doconv_convert.artifacts.checkpoints.inert import Machine, StoredTensor, Stub, Unreadable
+from doconv_convert.artifacts.checkpoints.inert import Machine
 from doconv_convert.artifacts.checkpoints.pickles import open_pickled, with_modules
 from doconv_convert.artifacts.checkpoints.reading import read_checkpoint
+from doconv_convert.artifacts.checkpoints.records import ITEM_BYTES, Name, StoredTensor, Stub, Unreadable
 from doconv_convert.artifacts.checkpoints.unwrap import Selection
 from doconv_convert.errors import DoconvError
 
@@ -62,8 +63,8 @@ def raw(tensor: Tensor) -> Tensor:
 
 
 # The older format, which torch itself still writes, does not have these.
-NEWER = {getattr(torch, name) for name in inert.ITEM_BYTES if name.startswith(("float8", "uint"))} - {torch.uint8}
-DTYPES = [getattr(torch, name) for name in inert.ITEM_BYTES]
+NEWER = {getattr(torch, name) for name in ITEM_BYTES if name.startswith(("float8", "uint"))} - {torch.uint8}
+DTYPES = [getattr(torch, name) for name in ITEM_BYTES]
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -213,7 +214,7 @@ def test_no_class_function_or_module_is_changed() -> None:
             b"S'k'\nS'v'\ns.",
             b"S'v'\na.",
         ):
-            assert isinstance(load(name, change), inert.Name)
+            assert isinstance(load(name, change), Name)
     assert (
         torch._utils._rebuild_tensor_v2.__defaults__ is None or "x" not in torch._utils._rebuild_tensor_v2.__defaults__
     )
