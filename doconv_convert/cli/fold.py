@@ -59,7 +59,8 @@ def fold(
     # The exporting processes import torch while this one does too, and folds.
     children = 0 if onnx is None else 1 if no_verify else 2
     as_json, github = o.chosen_format(form, as_json, onnx or checkpoint)
-    with output(as_json, quiet, debug, _STEPS, github=github) as shown:
+    files = (checkpoint, model, out, onnx, input_file, report, onnx and onnx.with_suffix(".certificate.json"))
+    with output(as_json, quiet, debug, _STEPS, github=github, files=files) as shown:
         reads = {"the checkpoint": checkpoint, "`model`": model, "`input_file`": input_file}
         o.check_outputs(reads, {"`plain`": out, "`onnx`": onnx, "`report`": report}, github is not None)
         from doconv_convert.workflows.fold_request import FoldRequest

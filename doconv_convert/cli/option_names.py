@@ -8,6 +8,7 @@ from typing import Any
 
 _OPTIONS = {
     "against": "--against",
+    "attest": "--attest",
     "certificate": "--certificate",
     "d_mul": "--d-mul",
     "device": "--device",

@@ -119,7 +119,7 @@ def check_outputs(
     for name, path in writes.items():
         if path is not None and name == "`plain`":
             require_safetensors(path, "plain")
-        if path is not None and name == "`report`":
+        if path is not None and name in ("`report`", "`attest`"):
             check_writable(path)
 
 
@@ -128,7 +128,7 @@ def write_report(report: Path | None, command: str, shown: Output) -> None:
     if report is not None:
         from doconv_convert.cli.report.render import write_report
 
-        write_report(report, command, with_options(shown.document))
+        write_report(report, command, shown.folders.left_out(with_options(shown.document)))
         shown.say(f"report: {report}")
 
 

@@ -36,7 +36,7 @@ def rehearse(
     debug: o.Debug = False,
 ) -> None:
     """Rehearse conversion, fold, export and proof: a line a model, a status a step."""
-    with output(as_json, quiet, debug) as shown:
+    with output(as_json, quiet, debug, files=(*sources, resume, report)) as shown:
         reads = {f"SOURCE {text}": text for text in sources}
         o.check_outputs(reads, {"`resume`": resume, "`report`": report})
         from doconv_convert.workflows.rehearsal.many import Rehearsals, RehearseRequest

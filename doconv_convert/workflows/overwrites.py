@@ -14,7 +14,7 @@ from typing import Any
 
 from doconv_convert.artifacts.checkpoints.places import checkpoint_files
 from doconv_convert.check.certificate.certificate import certificate_path, reference_path
-from doconv_convert.check.onnx_files.model import external_files
+from doconv_convert.check.onnx_files.external_data import external_files
 from doconv_convert.errors import DoconvError, UsageError
 from doconv_convert.files import stale_data
 from doconv_convert.workspace import workspace

@@ -84,6 +84,7 @@ MATRIX: list[tuple[str, str]] = [
     (f"{AGAINST} other.onnx --input samples.npy --report {{}}", "model.onnx model.onnx.weights other.onnx samples.npy"),
     (f"{AGAINST} other.onnx --report {{}}", "other.onnx.weights"),
     ("verify model.onnx --certificate model.certificate.json --report {}", "model.certificate.json side.reference.npz"),
+    ("verify model.onnx --certificate model.certificate.json --attest {}", "model.onnx model.certificate.json"),
     (f"{AGAINST} last.pth --model net.py:tiny --report {{}}", "last.pth net.py"),
     (f"{AGAINST} net.py:tiny --weights last.pth --report {{}}", "last.pth net.py"),
     ("rehearse net.py:tiny exported.pt2 --resume {}", "net.py exported.pt2"),
