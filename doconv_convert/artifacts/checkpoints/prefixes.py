@@ -82,8 +82,9 @@ def fitting_prefixes(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> 
     if not shared:
         return [""]
     anchors = max(shared.values(), key=lambda group: len(group[0]))
+    in_order = [*state, *sorted(names - state.keys())]
     candidates = dict.fromkeys(
-        name.removesuffix(anchor) for name in names for anchor in anchors if f".{name}".endswith(f".{anchor}")
+        name.removesuffix(anchor) for name in in_order for anchor in anchors if f".{name}".endswith(f".{anchor}")
     )
     fitting = [
         one for one in candidates if all(any(one + name in names for name in group) for group in shared.values())
