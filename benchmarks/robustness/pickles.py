@@ -257,6 +257,8 @@ def run(count: int, seed: int, folder: Path) -> dict[str, Any]:
     problems: list[str] = []
     slowest = 0.0
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    import encodings.cp437  # noqa: F401 (the names in zip files)
+
     # what the first reading imports
     torch.save({"a": torch.ones(1)}, folder / "a.pth")
     read(folder / "a.pth", watch, draw)
