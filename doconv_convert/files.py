@@ -1,36 +1,44 @@
-"""Files that are never half written: a temporary file beside the target, fsync, one rename.
+"""Files that are never half written: finished in a hidden folder beside the target, synced, renamed.
 
-A model above 2 GiB is two files, `out.onnx` and its data. The data file carries its content's hash in its
-name and is renamed first, so the old `out.onnx` keeps the data it refers to until one rename puts the new
-pair in force; data files of earlier versions are deleted after that.
+Files that belong together (a model, its data, its certificate) are renamed together: where one of them cannot be put in
+place, all old ones come back.
 """
+
+from __future__ import annotations
 
 import hashlib
 import os
 import re
 import secrets
+import shutil
+import stat
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from doconv_convert.errors import DoconvError
+from doconv_convert.errors import DoconvError, UsageError
+from doconv_convert.interrupts import held
+from doconv_convert.workspace import workspace
 
 try:
     import fcntl
 except ImportError:  # Windows has no locks on folders
     fcntl = None  # type: ignore[assignment]
 
+FREE = "free up disk space or choose another folder"
+
 
 @contextmanager
 def atomic_write(target: Path) -> Iterator[Path]:
-    """Yields an empty temporary file beside `target`: it replaces `target`, or on any exception is removed.
+    """Yields an empty temporary file near `target`: it replaces `target` and takes its mode, or on any exception is
+    removed.
 
     Raises DoconvError where the target cannot be written.
     """
     with temporary_beside(target) as temporary:
         yield temporary
-        with _refused(target, temporary):
-            _replace(temporary, target)
+        install_files([(temporary, target)])
 
 
 def check_writable(target: Path) -> None:
@@ -41,56 +49,90 @@ def check_writable(target: Path) -> None:
 
 @contextmanager
 def temporary_beside(target: Path) -> Iterator[Path]:
-    """Yields an empty temporary file in `target`'s folder; removes it afterwards, unless it was moved away.
+    """Yields an empty temporary file of the same name in a folder beside `target`, which goes with the scope.
 
     Raises DoconvError where `target` is no place for a file, or writing fails (disk full).
     """
-    with _refused(target, target):
-        _check_place(target)
-    temporary = target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp"
-    try:
-        with _refused(target, temporary):
+    with workspace_beside(target) as folder:
+        temporary = folder / target.name
+        with refused(target, temporary):
             # not tempfile: its files are private (0600), and the mode would survive the rename
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
             yield temporary
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
-def install_files(moves: Sequence[tuple[Path, Path]]) -> None:
-    """Puts finished files in their places, in order, each by one rename within its file system.
+@contextmanager
+def workspace_beside(target: Path) -> Iterator[Path]:
+    """Yields a private folder beside `target`, which goes with the scope: what is finished there moves into place by
+    renames.
 
-    Files that belong together come from one writer: while it renames, others that install into these folders wait.
-    Raises DoconvError where a place cannot be written.
+    Raises DoconvError where `target` is no place for a file, or writing fails.
     """
-    with ExitStack() as locks:
-        for folder in sorted({target.parent.resolve() for _, target in moves}):
-            locks.enter_context(_locked(folder))
+    with refused(target, target):
+        _check_place(target)
+    with _workspace(target, target.parent, target.name) as folder:
+        yield folder
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Yields a private folder among the system's temporary files ($TMPDIR), which goes with the scope. Raises
+    DoconvError where there is no room."""
+    place = Path(tempfile.gettempdir())
+    with _workspace(place, place, "scratch") as folder:
+        yield folder
+
+
+def install_files(moves: Sequence[tuple[Path, Path]], stale: Sequence[Path] = (), *, like: Path | None = None) -> None:
+    """Puts finished files in their places, in order, each by one rename within its file system, and takes `stale` files
+    away. All of it or nothing: after a failure, or Ctrl-C in between, the old files are back.
+
+    A file that replaces another takes its mode; a new one that of `like`, if there is such a file. Files that belong
+    together come from one writer: while it renames, others that install into these folders wait. Raises DoconvError
+    where a place cannot be written.
+    """
+    for finished, target in moves:
+        with refused(target, finished):
+            mode = _mode(target) or (None if like is None else _mode(like))
+            if mode is not None:
+                finished.chmod(mode)
+            _sync(finished)
+    alone = len(moves) == 1 and not stale
+    folders = sorted({target.parent.resolve() for _, target in moves})
+    with ExitStack() as scope, ExitStack() as undo:
+        for folder in folders:
+            scope.enter_context(_locked(folder))
+        scope.enter_context(held())
+        backups = []
         for finished, target in moves:
-            with _refused(target, finished):
-                _replace(finished, target)
+            with refused(target, finished):
+                if not alone:
+                    backups.append(_back_up(target, finished, undo))
+                os.replace(finished, target)
+        for path in stale:
+            with refused(path, path):
+                backups.append(_set_aside(path, moves[0][0], undo))
+        if os.name == "posix":  # elsewhere a folder cannot be opened
+            for folder in folders:
+                with refused(moves[0][1], folder):
+                    _sync(folder)
+        undo.pop_all()
+        for backup in backups:
+            if backup is not None:
+                with suppress(OSError):
+                    backup.unlink()
 
 
-def publish_data(temporary: Path, target: Path) -> str:
-    """Moves the finished data file `temporary` beside `target`, under a name made of its content: returned.
-
-    The caller writes the name into the file it then puts at `target` by `atomic_write`, and calls
-    `remove_stale_data`.
-    """
-    name = f"{target.name}.{content_hash(temporary)[:16]}.data"
-    with _refused(target, temporary):
-        _replace(temporary, target.parent / name)
-    return name
-
-
-def remove_stale_data(target: Path, keep: str | None = None) -> None:
-    """Deletes earlier external data of `target`, `NAME.data` and `NAME.<hash>.data`, all but `keep`."""
+def stale_data(target: Path, keep: str | None = None) -> list[Path]:
+    """Earlier external data of `target`, `NAME.data` and `NAME.<hash>.data`, all but `keep`."""
     data_file = re.compile(re.escape(target.name) + r"(\.[0-9a-f]{16})?\.data")
-    for path in target.parent.iterdir():
-        if data_file.fullmatch(path.name) and path.name != keep:
-            with _refused(path, path):
-                path.unlink()
+    return sorted(path for path in target.parent.iterdir() if data_file.fullmatch(path.name) and path.name != keep)
+
+
+def data_name(finished: Path, target: Path) -> str:
+    """The name of `target`'s external data, made of the content of the file `finished`: a model that names it never
+    reads another version's."""
+    return f"{target.name}.{content_hash(finished)[:16]}.data"
 
 
 def content_hash(path: Path) -> str:
@@ -103,6 +145,53 @@ def content_hash(path: Path) -> str:
     except OSError as error:
         raise DoconvError(f"'{path}' cannot be read ({error.strerror or error}).") from error
     return digest.hexdigest()
+
+
+def require_safetensors(path: Path, argument: str) -> None:
+    """Raises UsageError where the name promises another format: who loads 'x.pth' unpickles it."""
+    if path.suffix.lower() != ".safetensors" and not path.is_dir():
+        raise UsageError(
+            f"`{argument}` names '{path}', expected a name that ends in .safetensors, the format that is written: "
+            f"'{path.with_suffix('.safetensors').name}' (safetensors.torch.load_file reads it, torch.load does not)."
+        )
+
+
+@contextmanager
+def _workspace(target: Path, beside: Path, name: str) -> Iterator[Path]:
+    with ExitStack() as scope:
+        with refused(target, beside):
+            folder = scope.enter_context(workspace(beside, name))
+        with refused(target, folder):
+            yield folder
+
+
+def _mode(path: Path) -> int | None:
+    try:
+        found = path.stat().st_mode
+    except OSError:
+        return None
+    return stat.S_IMODE(found) if stat.S_ISREG(found) else None
+
+
+def _back_up(target: Path, finished: Path, undo: ExitStack) -> Path | None:
+    """A second name, near `finished`, under which the old `target` stays until all is in place; `undo` restores it."""
+    if not os.path.lexists(target):
+        undo.callback(target.unlink, missing_ok=True)
+        return None
+    backup = finished.with_name(f".{secrets.token_hex(8)}.old")
+    try:
+        os.link(target, backup, follow_symlinks=False)
+    except (OSError, NotImplementedError):  # a file system without hard links
+        shutil.copy2(target, backup, follow_symlinks=False)
+    undo.callback(os.replace, backup, target)
+    return backup
+
+
+def _set_aside(path: Path, finished: Path, undo: ExitStack) -> Path:
+    backup = finished.with_name(f".{secrets.token_hex(8)}.old")
+    os.replace(path, backup)
+    undo.callback(os.replace, backup, path)
+    return backup
 
 
 def _check_place(target: Path) -> None:
@@ -118,16 +207,18 @@ def _check_place(target: Path) -> None:
 
 
 @contextmanager
-def _refused(target: Path, temporary: Path) -> Iterator[None]:
-    """Turns the operating system's refusals to write `temporary` into a DoconvError about `target`."""
+def refused(target: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Turns the operating system's refusals to write `temporary` (by default `target` itself), or in it, into a
+    DoconvError about `target`."""
     try:
         yield
     except OSError as error:
         # a copy that fails names its source first
-        if error.filename is not None and str(temporary) not in (str(error.filename), str(error.filename2)):
+        named = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        if named and not any(name.startswith(str(temporary or target)) for name in named):
             raise  # about some other file that the caller's own code opened
         reason = error.strerror or str(error)
-        raise DoconvError(f"cannot write '{target}': {reason}; free the place or choose another folder") from error
+        raise DoconvError(f"cannot write '{target}': {reason}; {FREE}") from error
 
 
 @contextmanager
@@ -138,17 +229,11 @@ def _locked(folder: Path) -> Iterator[None]:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with suppress(OSError):  # some network file systems do not lock folders
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)
-
-
-def _replace(temporary: Path, target: Path) -> None:
-    _sync(temporary)
-    os.replace(temporary, target)
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        _sync(target.parent)
 
 
 def _sync(path: Path) -> None:

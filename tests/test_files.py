@@ -4,6 +4,7 @@ import json
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,15 +13,16 @@ from onnx import helper, numpy_helper
 from support_cli import names, run_python, tiny_file, trained_tiny, write_model
 
 from doconv_convert.errors import DoconvError
-from doconv_convert.files import atomic_write, check_writable, publish_data, remove_stale_data
+from doconv_convert.files import atomic_write, check_writable, data_name, install_files, stale_data
 
 
 def test_success_replaces_the_target_and_leaves_nothing_else(tmp_path: Path) -> None:
     target = tmp_path / "out.onnx"
     target.write_bytes(b"old")
     with atomic_write(target) as temporary:
-        assert temporary.parent == tmp_path
-        assert temporary.name.startswith(".out.onnx.")
+        assert temporary.parent.parent == tmp_path
+        assert temporary.parent.name.startswith(".out.onnx.")
+        assert stat.S_IMODE(temporary.parent.stat().st_mode) == 0o700
         temporary.write_bytes(b"new")
         assert target.read_bytes() == b"old"
     assert target.read_bytes() == b"new"
@@ -105,20 +107,19 @@ def test_check_writable_leaves_no_trace(tmp_path: Path) -> None:
     assert target.read_bytes() == b"old"
 
 
-def test_published_data_is_named_by_its_content_and_stale_data_goes(tmp_path: Path) -> None:
+def test_data_is_named_by_its_content_and_earlier_data_is_stale(tmp_path: Path) -> None:
     target = tmp_path / "out.onnx"
     kept = ["out.onnx", "out.onnx.data.txt", "out.onnx2.data", "other.onnx.data"]
     for name in [*kept, "out.onnx.data", "out.onnx.0123456789abcdef.data"]:
         (tmp_path / name).write_bytes(b"x")
-    (tmp_path / "temporary").write_bytes(b"weights")
-    name = publish_data(tmp_path / "temporary", target)
-    (tmp_path / "temporary").write_bytes(b"weights")
-    assert publish_data(tmp_path / "temporary", target) == name
-    (tmp_path / "temporary").write_bytes(b"other weights")
-    assert publish_data(tmp_path / "temporary", target) != name
-    remove_stale_data(target, keep=name)
-    assert names(tmp_path) == sorted([*kept, name])
-    assert (tmp_path / name).read_bytes() == b"weights"
+    finished = tmp_path / "finished"
+    finished.write_bytes(b"weights")
+    name = data_name(finished, target)
+    assert data_name(finished, target) == name
+    finished.write_bytes(b"other weights")
+    assert data_name(finished, target) != name
+    (tmp_path / name).write_bytes(b"weights")
+    assert [path.name for path in stale_data(target, keep=name)] == ["out.onnx.0123456789abcdef.data", "out.onnx.data"]
 
 
 def test_content_and_name_reach_the_disk_in_that_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,14 +141,83 @@ def test_content_and_name_reach_the_disk_in_that_order(tmp_path: Path, monkeypat
     monkeypatch.setattr(os, "replace", replaced)
     with atomic_write(tmp_path / "out") as temporary:
         temporary.write_bytes(b"weights")
-    (tmp_path / "data").write_bytes(b"external")
-    name = publish_data(tmp_path / "data", tmp_path / "m.onnx")
-    folder = tmp_path.stat().st_ino
-    expected = []
-    for path, size in ((tmp_path / "out", 7), (tmp_path / name, 8)):
-        file = path.stat().st_ino
-        expected += [("sync", file, size), ("rename", file, size), ("sync", folder, 0)]
-    assert events == expected
+    finished = [tmp_path / "1", tmp_path / "2"]
+    for path in finished:
+        path.write_bytes(b"external")
+    install_files([(finished[0], tmp_path / "a"), (finished[1], tmp_path / "b")])
+    folder, out, a, b = (path.stat().st_ino for path in (tmp_path, tmp_path / "out", tmp_path / "a", tmp_path / "b"))
+    assert events == [
+        *(("sync", out, 7), ("rename", out, 7), ("sync", folder, 0)),
+        *(("sync", a, 8), ("sync", b, 8), ("rename", a, 8), ("rename", b, 8), ("sync", folder, 0)),
+    ]
+
+
+def test_a_file_that_replaces_another_takes_its_mode(tmp_path: Path) -> None:
+    private = tmp_path / "private"
+    private.write_bytes(b"old")
+    private.chmod(0o600)
+    with atomic_write(private) as temporary:
+        temporary.write_bytes(b"new")
+    assert stat.S_IMODE(private.stat().st_mode) == 0o600
+    (tmp_path / "1").write_bytes(b"data")
+    install_files([(tmp_path / "1", tmp_path / "data")], like=private)
+    assert stat.S_IMODE((tmp_path / "data").stat().st_mode) == 0o600
+
+
+CALLS = ("replace", "link", "fsync", "chmod")
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("links", [True, False])
+def test_files_that_belong_together_are_all_old_or_all_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, failure: BaseException, links: bool
+) -> None:
+    """Whatever fails, the first time or later: no new file beside an old one, and nothing left behind."""
+    real = {name: getattr(os, name) for name in CALLS}
+    countdown = 10**9
+
+    def counted(name: str) -> Any:
+        def called(*arguments: Any, **named: Any) -> Any:
+            nonlocal countdown
+            countdown -= name == call
+            if name == call and countdown == 0:
+                raise failure
+            if name == "link" and not links:
+                raise PermissionError(1, "Operation not permitted")
+            return real[name](*arguments, **named)
+
+        return called
+
+    for name in CALLS:
+        monkeypatch.setattr(os, name, counted(name))
+    seen = set()
+    for position in range(1, 9):
+        place, unfinished = tmp_path / str(position), tmp_path / f"unfinished {position}"
+        for folder, content in ((place, b"old"), (unfinished, b"new")):
+            folder.mkdir()
+            for one in ("model", "certificate"):
+                (folder / one).write_bytes(content)
+                (folder / one).chmod(0o644)
+        (unfinished / "fresh").write_bytes(b"new")
+        (place / "stale").write_bytes(b"old")
+        moves = [(unfinished / one, place / one) for one in ("model", "fresh", "certificate")]
+        countdown = position
+        try:
+            install_files(moves, [place / "stale"])
+        except (DoconvError, KeyboardInterrupt):
+            seen.add("old")
+            assert {path.name: path.read_bytes() for path in place.iterdir()} == dict.fromkeys(
+                ("model", "certificate", "stale"), b"old"
+            )
+        else:
+            seen.add("new")
+            assert {path.name: path.read_bytes() for path in place.iterdir()} == dict.fromkeys(
+                ("model", "certificate", "fresh"), b"new"
+            )
+        countdown = 10**9
+    copied = call == "link" and isinstance(failure, OSError)  # where there are no hard links, old files are copied
+    assert seen == ({"new"} if copied else {"old", "new"})
 
 
 LIMITED = """

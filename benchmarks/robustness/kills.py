@@ -33,7 +33,7 @@ from doconv_convert import files
 from doconv_convert.artifacts.export import onnx_file
 from doconv_convert.artifacts.sources.source import build, parse_source
 from doconv_convert.cli.app import app
-from doconv_convert.workflows import fold as fold_workflow
+from doconv_convert.workflows import exports
 
 NET = """
 from torch import nn
@@ -75,13 +75,13 @@ class Desk:
             made.extend(reports)
             return reports
 
-        original, fold_workflow.export_in_child = fold_workflow.export_in_child, watch
+        original, exports.export_in_child = exports.export_in_child, watch
         target = self.folder / f"{name}.onnx"
         try:
             command = ["fold", self.folder / f"{name}.safetensors", "--model", self.source, "--onnx", target]
             assert run([*command, "--no-verify"]) == 0
         finally:
-            fold_workflow.export_in_child = original
+            exports.export_in_child = original
         return target, made[0]
 
     def command(self, name: str, which: str, out: Path) -> list[Any]:
@@ -106,16 +106,16 @@ class Desk:
             shutil.copyfile(finished, jobs[0].path)
             return [report]
 
-        before = fold_workflow.export_in_child, onnx_file.ONE_FILE_BYTES
-        fold_workflow.export_in_child = copied
+        before = exports.export_in_child, onnx_file.ONE_FILE_BYTES
+        exports.export_in_child = copied
         if name.endswith("data"):
             onnx_file.ONE_FILE_BYTES = 0
             copied_model = onnx_file.ir.load(finished)
-            fold_workflow.export_in_child = lambda jobs, **_: [onnx_file.write(copied_model, jobs[0].path), report][1:]
+            exports.export_in_child = lambda jobs, **_: [onnx_file.write(copied_model, jobs[0].path), report][1:]
         try:
             yield
         finally:
-            fold_workflow.export_in_child, onnx_file.ONE_FILE_BYTES = before
+            exports.export_in_child, onnx_file.ONE_FILE_BYTES = before
 
 
 def run(command: list[Any]) -> int:
@@ -168,7 +168,7 @@ def tell(pipe: int, stage: str, out: Path) -> None:
 
     def fsync(descriptor: int) -> None:
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        if stage == "before the flush" and path.parent == out and path.is_file():
+        if stage == "before the flush" and out in path.parents and path.is_file():
             told()
         real_fsync(descriptor)
 

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from doconv_convert.artifacts.checkpoints.bounded import build_within
 from doconv_convert.artifacts.checkpoints.checkpoint import fitted, load_into
-from doconv_convert.artifacts.checkpoints.reading import INDEX_SUFFIX, read_checkpoint, require_finite
+from doconv_convert.artifacts.checkpoints.places import INDEX_SUFFIX
+from doconv_convert.artifacts.checkpoints.reading import read_checkpoint, require_finite
 from doconv_convert.artifacts.checkpoints.unwrap import Selection
 from doconv_convert.artifacts.sources.images import read_image
 from doconv_convert.artifacts.sources.inputs import (
@@ -61,7 +63,7 @@ def open_model(
         if checkpoint.recipe is None:
             raise UsageError(f"'{text}' has no recipe that says what model it holds; pass SOURCE `weights` {text}.")
         source = checkpoint.recipe.trusted_source(text)
-        return SourceModel(load_into(build(source), checkpoint), source)
+        return SourceModel(load_into(build_within(source, checkpoint.state, text), checkpoint), source)
     source = parse_source(text, model_args)
     if weights is None or not (is_checkpoint(weights) or Path(weights).is_file()):
         model = build(source, weights, seed)

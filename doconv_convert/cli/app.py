@@ -23,6 +23,7 @@ from doconv_convert.cli.rehearse import rehearse
 from doconv_convert.cli.streams import forgiving_streams
 from doconv_convert.cli.to_doconv import to_doconv
 from doconv_convert.cli.verify import verify
+from doconv_convert.interrupts import end_on_signals
 
 _Misused: Any = typer.BadParameter.__base__  # what click raises for a command line it cannot read
 
@@ -94,6 +95,7 @@ def main() -> None:
     # Imports make objects by the hundred thousand that all stay: looking for garbage among them takes a tenth of
     # a short command's time.
     gc.set_threshold(100_000)
+    end_on_signals()
     with forgiving_streams():
         _show_others_lines_printable()
         try:

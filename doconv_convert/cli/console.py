@@ -6,7 +6,9 @@ Into a pipe or a file go plain lines without rules or colors.
 from __future__ import annotations
 
 import logging
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +25,7 @@ from doconv_convert.cli.escapes import json_text, no_command, printable
 from doconv_convert.cli.option_names import with_options
 from doconv_convert.cli.privacy import Folders
 from doconv_convert.errors import CheckFailedError, DoconvError, UsageError
+from doconv_convert.interrupts import farewell
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
     from doconv_convert.check.status import Proof, Status
     from doconv_convert.cli.github import GithubReport
 
-EXIT_ERROR, EXIT_USAGE, EXIT_CHECK_FAILED, EXIT_INTERRUPTED = 1, 2, 3, 130
+EXIT_ERROR, EXIT_USAGE, EXIT_CHECK_FAILED = 1, 2, 3
 # The first class that fits an error decides.
 _EXIT_CODES = {UsageError: EXIT_USAGE, CheckFailedError: EXIT_CHECK_FAILED, DoconvError: EXIT_ERROR}
 _SHOWN_FINDINGS = 8
@@ -216,19 +219,20 @@ def output(
     out = Output(as_json, quiet, github=github, folders=Folders.of(files))
     log = _shown_log() if debug else None
     try:
-        if steps and out.terminal and not quiet:
-            from doconv_convert.cli.progress import stepping
+        with farewell(lambda number: _say_farewell(out, number)):
+            if steps and out.terminal and not quiet:
+                from doconv_convert.cli.progress import stepping
 
-            with stepping(out.console, steps) as out.step:
+                with stepping(out.console, steps) as out.step:
+                    yield out
+            else:
                 yield out
-        else:
-            yield out
     except typer.Exit:
         raise
     except DoconvError as error:
         out.fail(error, debug, next(code for kind, code in _EXIT_CODES.items() if isinstance(error, kind)))
     except (KeyboardInterrupt, typer.Abort):
-        out.fail(DoconvError("interrupted; nothing was written."), debug, EXIT_INTERRUPTED)
+        out.fail(DoconvError(_interrupted(signal.SIGINT)), debug, 128 + signal.SIGINT)
     except Exception as error:  # the last resort: no traceback without --debug
         message = f"{type(error).__name__}: {error} (unexpected; run again with --debug and please report it)"
         out.fail(error, debug, EXIT_ERROR, message)
@@ -239,6 +243,21 @@ def output(
             _publish(github)
         if as_json and out.document:
             sys.stdout.write(json_text(with_options(out.document)) + "\n")
+
+
+def _interrupted(number: int) -> str:
+    return f"interrupted by {signal.Signals(number).name}; every output is complete or as it was before."
+
+
+def _say_farewell(out: Output, number: int) -> None:
+    """The last words of a process that a signal ends, past the streams: the signal may have come while one of them
+    was in use."""
+    if out.terminal:
+        os.write(2 if out.as_json else 1, b"\x1b[?25h\n")  # the cursor, which a progress bar hides
+    os.write(2, f"error: {_interrupted(number)}\n".encode())
+    if out.as_json:
+        document = {"error": _interrupted(number), "exit_code": 128 + number}
+        os.write(1, (json_text(document) + "\n").encode())
 
 
 def _publish(github: GithubReport) -> None:

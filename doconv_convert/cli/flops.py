@@ -46,6 +46,7 @@ def flops(
     """Count multiply-accumulates (MACs) of one run, at a batch of 1 where it is dynamic; FLOPs = 2 x MACs."""
     as_json, github = o.chosen_format(form, as_json, model)
     with output(as_json, quiet, debug, {"counting": 1.0}, github=github, files=(model, against)) as shown:
+        o.check_outputs({"the model": model, "`against`": against}, {}, github is not None)
         from doconv_convert.check.confined import SECONDS
         from doconv_convert.check.macs.figures import parse_macs
         from doconv_convert.workflows.count import CountRequest, count_models

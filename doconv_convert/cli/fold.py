@@ -60,9 +60,9 @@ def fold(
     children = 0 if onnx is None else 1 if no_verify else 2
     as_json, github = o.chosen_format(form, as_json, onnx or checkpoint)
     files = (checkpoint, model, out, onnx, input_file, report, onnx and onnx.with_suffix(".certificate.json"))
-    said = output(as_json, quiet, debug, _STEPS, github=github, files=files)
-    with said as shown, waiting_children(children) as waiting:
-        o.check_report(report, checkpoint, out, onnx)
+    with output(as_json, quiet, debug, _STEPS, github=github, files=files) as shown:
+        reads = {"the checkpoint": checkpoint, "`model`": model, "`input_file`": input_file}
+        o.check_outputs(reads, {"`plain`": out, "`onnx`": onnx, "`report`": report}, github is not None)
         from doconv_convert.workflows.fold_request import FoldRequest
 
         request = FoldRequest(
@@ -84,9 +84,10 @@ def fold(
             layers=as_json or report is not None,
         )
         o.announce_code(shown, model)
-        from doconv_convert.workflows.fold import fold_checkpoint
+        with waiting_children(children) as waiting:
+            from doconv_convert.workflows.fold import fold_checkpoint
 
-        result = fold_checkpoint(request, waiting=waiting, progress=shown.step)
+            result = fold_checkpoint(request, waiting=waiting, progress=shown.step)
         shown.document = result.to_json()
         o.write_report(report, "fold", shown)
         _show(shown, result)

@@ -8,6 +8,7 @@ from typing import Any
 
 _OPTIONS = {
     "against": "--against",
+    "attest": "--attest",
     "certificate": "--certificate",
     "d_mul": "--d-mul",
     "device": "--device",
@@ -28,6 +29,8 @@ _OPTIONS = {
     "onnx": "--onnx",
     "plain": "-o",
     "prefix": "--prefix",
+    "report": "--report",
+    "resume": "--resume",
     "timeout": "--timeout",
     "verify=False": "--no-verify",
     "weights": "--weights",

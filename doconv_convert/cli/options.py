@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -109,15 +110,21 @@ def chosen_format(form: Format | None, as_json: bool, file: object) -> tuple[boo
     return as_json or form is Format.json, GithubReport(str(file)) if form is Format.github else None
 
 
-def check_report(report: Path | None, *others: Path | None, option: str = "--report") -> None:
-    """Refuse, before the work, a file that cannot be written or would replace one of the command's `others`."""
-    if report is None:
-        return
-    from doconv_convert.files import check_writable
+def check_outputs(
+    reads: Mapping[str, str | Path | None], writes: Mapping[str, Path | None], summary: bool = False
+) -> None:
+    """Refuse, before the work, outputs that would replace what the command `reads` or each other, by any name or link,
+    that have another format's suffix, or that cannot be written. `summary`: GitHub's step summary is written too."""
+    from doconv_convert.files import check_writable, require_safetensors
+    from doconv_convert.workflows.overwrites import refuse_overwrites
 
-    if report.resolve() in [path.resolve() for path in others if path is not None]:
-        raise UsageError(f"{option} names '{report}', another file of this command; expected a file of its own.")
-    check_writable(report)
+    place = os.environ.get("GITHUB_STEP_SUMMARY") if summary else None
+    refuse_overwrites(reads, {**writes, "$GITHUB_STEP_SUMMARY": Path(place) if place else None})
+    for name, path in writes.items():
+        if path is not None and name == "`plain`":
+            require_safetensors(path, "plain")
+        if path is not None and name in ("`report`", "`attest`"):
+            check_writable(path)
 
 
 def write_report(report: Path | None, command: str, shown: Output) -> None:

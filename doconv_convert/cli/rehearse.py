@@ -37,7 +37,8 @@ def rehearse(
 ) -> None:
     """Rehearse conversion, fold, export and proof: a line a model, a status a step."""
     with output(as_json, quiet, debug, files=(*sources, resume, report)) as shown:
-        o.check_report(report, resume)
+        reads = {f"SOURCE {text}": text for text in sources}
+        o.check_outputs(reads, {"`resume`": resume, "`report`": report})
         from doconv_convert.workflows.rehearsal.many import Rehearsals, RehearseRequest
         from doconv_convert.workflows.rehearsal.result import CANNOT_EXPORT
 

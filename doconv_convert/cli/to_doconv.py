@@ -55,7 +55,8 @@ def to_doconv(
     with output(as_json, quiet, debug, _STEPS, files=files) as shown:
         if out is None and not dry_run:
             raise UsageError("to-doconv: name the file to write with -o FILE, or pass --dry-run.")
-        o.check_report(report, out)
+        reads = {"SOURCE": source, "`weights`": weights, "`input_file`": input_file}
+        o.check_outputs(reads, {"`plain`": None if dry_run else out, "`report`": report})
         o.announce_code(shown, source)
         from doconv_convert.workflows.convert import ConvertRequest, convert_source
 

@@ -74,7 +74,9 @@ def verify(
     as_json, github = o.chosen_format(form, as_json, candidate)
     files = (candidate, against, certificate, model, weights, input_file, report)
     with output(as_json, quiet, debug, _STEPS, github=github, files=files) as shown:
-        o.check_report(report, candidate, certificate, None if against is None else Path(against))
+        reads = {"the candidate": candidate, "`against`": against, "`certificate`": certificate}
+        reads |= {"`model`": model, "`weights`": weights, "`input_file`": input_file}
+        o.check_outputs(reads, {"`report`": report, "`attest`": attest}, github is not None)
         if certificate is not None:
             if model is not None or weights is not None:
                 from doconv_convert.workflows.verify import CERTIFICATE_ALONE
@@ -119,7 +121,6 @@ def _with_certificate(
     from doconv_convert.check.certificate.certificate import write_statement
     from doconv_convert.check.certificate.verify import verify_certificate
 
-    o.check_report(attest, candidate, certificate, samples, report, option="--attest")
     _show(shown, verify_certificate(candidate, certificate, samples, timeout), report, enough=False)
     if attest is not None:
         write_statement(certificate, attest)

@@ -5,7 +5,6 @@ Importing this, and counting ONNX files, needs no torch.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from doconv_convert.check.macs.figures import compare_counts
 from doconv_convert.check.macs.files import count_file, dims_of_file
 from doconv_convert.check.macs.result import MacCount
 from doconv_convert.errors import UsageError
+from doconv_convert.files import scratch_folder
 from doconv_convert.words import listed
 
 if TYPE_CHECKING:
@@ -130,13 +130,11 @@ def count_source(
         use_every_parameter(opened.model, inputs)
     report = fold_in_place(opened.model, check_first=False)
 
-    def export(folder: str, flags: Flags, batch: int | None = None) -> Path:
+    def export(folder: Path, flags: Flags, batch: int | None = None) -> Path:
         by_graph = bool(report.by_graph)
-        return export_baseline(
-            Path(folder), opened.source, report.model, inputs, flags, batch=batch, fold_foreign=by_graph
-        )
+        return export_baseline(folder, opened.source, report.model, inputs, flags, batch=batch, fold_foreign=by_graph)
 
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         baseline = export(folder, Flags())
         if not (inputs.image_list or is_dynamic(baseline)):  # its count would be that of the traced batch
             baseline = export(folder, Flags(dynamic_batch=False), inputs.fixed_batch or 1)

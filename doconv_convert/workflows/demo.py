@@ -27,6 +27,7 @@ from doconv_convert.rewrite.convert import to_doconv
 from doconv_convert.rewrite.options import Options
 from doconv_convert.rewrite.plan import Plan, plan
 from doconv_convert.workflows.fold import Progress, fold_and_prove
+from doconv_convert.workflows.overwrites import refuse_overwrites
 from doconv_convert.workflows.trained_model import load_trained
 
 _FILES = ("digits.py", "digits.npz", "digits.LICENSE.md")
@@ -104,10 +105,15 @@ def run_demo(
 
 
 def _copy_files(folder: Path) -> None:
+    shipped = sample_models_folder()
+    refuse_overwrites(
+        {f"the demo's {name}": shipped / name for name in _FILES},
+        {f"the folder's {name}": folder / name for name in _FILES},
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in _FILES:
-            shutil.copyfile(sample_models_folder() / name, folder / name)
+            shutil.copyfile(shipped / name, folder / name)
     except OSError as error:
         raise DoconvError(f"cannot write '{folder}': {error.strerror}; choose another folder.") from error
 

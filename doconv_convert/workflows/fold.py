@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from doconv_convert.artifacts.sources.source import parse_source
 from doconv_convert.check.certificate.certificate import (
     Origin,
     certificate_path,
-    remove_certificate,
+    reference_path,
     write_certificate,
 )
 from doconv_convert.check.proof import prove
@@ -31,8 +29,8 @@ from doconv_convert.check.status import Proof
 from doconv_convert.check.torch_runs.device import find_device
 from doconv_convert.check.torch_runs.exact_start import run_in_eval
 from doconv_convert.check.torch_runs.memory import is_large
-from doconv_convert.errors import DoconvError, UsageError
-from doconv_convert.files import check_writable, temporary_beside
+from doconv_convert.errors import UsageError
+from doconv_convert.files import check_writable, temporary_beside, workspace_beside
 from doconv_convert.workflows.exports import export_and_run, export_job, threads_beside, write_inputs
 from doconv_convert.workflows.fold_request import FoldRequest
 from doconv_convert.workflows.fold_result import FoldResult, describe_layers, fold_status, notes_on_fold
@@ -127,7 +125,7 @@ def fold_and_prove(
             save(folded.model, plain, source=plain_source)
         return replace(result, written=() if plain is None else (plain,))
     beside = 0 if is_large(loaded.trained) else 2 if verify else 1
-    with workspace(onnx) as folder, threads_beside(beside):
+    with workspace_beside(onnx) as folder, threads_beside(beside):
         state = folder / "plain.safetensors"
         save(folded.model, state, source=plain_source)
         candidate, baseline = folder / onnx.name, folder / f"baseline-{onnx.name}"
@@ -164,24 +162,10 @@ def install_proven(candidate: Path, onnx: Path, beside: Sequence[Path], plain: t
     into place together. An earlier model's certificate goes where the new one has none."""
     state, place = plain
     moves = [(path, onnx.with_name(path.name)) for path in beside]
+    stale = [] if beside else [certificate_path(onnx), reference_path(onnx)]
     if place is None:
-        install_model(candidate, onnx, moves)
+        install_model(candidate, onnx, moves, stale)
     else:
         with temporary_beside(place) as temporary:
             shutil.copyfile(state, temporary)
-            install_model(candidate, onnx, [*moves, (temporary, place)])
-    if not beside:
-        remove_certificate(onnx)
-
-
-@contextmanager
-def workspace(target: Path) -> Iterator[Path]:
-    """A folder beside the target: what is proven there moves into place by a rename."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield folder
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise DoconvError(f"cannot write '{target}': {reason}; free the place or choose another folder") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+            install_model(candidate, onnx, [*moves, (temporary, place)], stale)

@@ -20,14 +20,14 @@ from doconv_convert.check.certificate.certificate import Origin, certificate_pat
 from doconv_convert.check.torch_runs.device import find_device
 from doconv_convert.check.torch_runs.exact_start import run_in_eval
 from doconv_convert.errors import UsageError
-from doconv_convert.files import check_writable
+from doconv_convert.files import check_writable, workspace_beside
 from doconv_convert.nn.factors import refuse_shards
 from doconv_convert.rewrite.convert import copy_model
 from doconv_convert.rewrite.fold import FoldReport, fold_in_place
 from doconv_convert.rewrite.tracing import set_eval_mode
 from doconv_convert.words import listed
 from doconv_convert.workflows.exports import reference_runs
-from doconv_convert.workflows.fold import install_proven, workspace
+from doconv_convert.workflows.fold import install_proven
 from doconv_convert.workflows.fold_result import FoldResult, fold_status, notes_on_export
 
 ORIGIN = "example_inputs"
@@ -83,7 +83,7 @@ def prove(
     folded = set_eval_mode(report.model)
     status, notes = fold_status(recipe_sites(model), report), (*report.notes, *notes_on_export(model, report))
     flags = Flags(opset, input_names, output_names, dynamic_batch and not inputs.image_list, dynamic)
-    with workspace(target) as folder:
+    with workspace_beside(target) as folder:
         candidate, baseline = folder / target.name, folder / f"baseline-{target.name}"
         export = _export(folded, candidate, inputs, flags)
         _export(_original(original, model, report, constant_kernels), baseline, inputs, flags)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
+from doconv_convert.artifacts.checkpoints.bounded import build_within
 from doconv_convert.artifacts.checkpoints.checkpoint import fitted, load_into
 from doconv_convert.artifacts.checkpoints.reading import Checkpoint, read_checkpoint, require_finite
 from doconv_convert.artifacts.checkpoints.unwrap import Selection
@@ -45,7 +46,9 @@ def load_trained(
     if source is None:
         recipe = checkpoint.recipe
         source = recipe.trusted_source(str(path)) if recipe else _no_source(path)
-    model = build(source)
+        model = build_within(source, checkpoint.state, str(path))
+    else:
+        model = build(source)
     require_reproducible(source, model)
     checkpoint = fitted(checkpoint, model)
     trained = set_eval_mode(load_into(model, checkpoint, options))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from doconv_convert.check.certificate.verify import verify_certificate
 from doconv_convert.check.outputs.compare import Array
 from doconv_convert.check.status import Proof, Status
 from doconv_convert.errors import UsageError
-from doconv_convert.files import require_file
+from doconv_convert.files import require_file, scratch_folder
 from doconv_convert.rewrite.options import Options
 from doconv_convert.workflows.onnx_pair import compare_pair
 
@@ -155,10 +154,10 @@ def _against_torch(candidate: Path, reference: Reference, progress: Progress) ->
     folded, by_graph = set_eval_mode(report.model), bool(report.by_graph)
     layers = describe_layers(opened.model, report, inputs) if reference.layers and has_weights else None
     flags = reference.flags
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         progress("exporting the original")
         baseline = export_baseline(
-            Path(folder),
+            folder,
             opened.source,
             folded,
             inputs,

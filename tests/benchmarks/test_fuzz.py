@@ -86,3 +86,48 @@ def test_hostile_pickles_do_run_code_where_they_are_opened_carelessly(tmp_path: 
             torch.load(tmp_path / "a.pth", weights_only=False)
             assert marker.exists()
             marker.unlink()
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(2000, marks=pytest.mark.zoo)])
+def test_hostile_pickles_neither_run_nor_import_nor_end_the_process(count: int) -> None:
+    command = [sys.executable, ROOT / "benchmarks/robustness/pickles.py", "--count", str(count), "--seed", "7"]
+    done = subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
+    found = json.loads(done.stdout)
+    assert found["files"] == count
+    assert found["problems"] == []
+    assert any(kind.startswith("honest") and kind.endswith("read") for kind in found["outcomes"])
+
+
+def test_the_watch_sees_what_a_careless_reader_does(tmp_path: Path) -> None:
+    code = """
+import sys, random, json
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import pickles, torch
+pickles.read_checkpoint = lambda path, selection: torch.load(path, weights_only=False)
+watch, draw, folder = pickles.Watch(), random.Random(0), Path(sys.argv[2])
+seen = []
+for _ in range(12):
+    torch.save(pickles.honest(draw, str(folder / "RAN")), folder / "a.pth")
+    pickles.read(folder / "a.pth", watch, draw)
+    seen += watch.seen
+print(json.dumps([(folder / "RAN").exists(), seen]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(SCRIPT.parent), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
+    )
+    assert done.returncode == 0, done.stderr
+    ran, seen = json.loads(done.stdout)
+    assert ran
+    assert {"import", "exec", "os.system"} & {event.partition(" ")[0] for event in seen}

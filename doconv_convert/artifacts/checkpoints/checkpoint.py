@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from doconv_convert.artifacts.checkpoints.foreign_keys import Unit, find_units, names_when_folded, units_told
+from doconv_convert.artifacts.checkpoints.bounded import build_within
+from doconv_convert.artifacts.checkpoints.foreign_keys import Unit, find_units, units_told
+from doconv_convert.artifacts.checkpoints.prefixes import FORGIVEN, as_in_model, tied
 from doconv_convert.artifacts.checkpoints.reading import Checkpoint, read_checkpoint
 from doconv_convert.artifacts.checkpoints.recipe import (
     METADATA_KEY,
@@ -22,19 +24,15 @@ from doconv_convert.artifacts.checkpoints.recipe import (
     recipe_sites,
     sites_from_keys,
 )
-from doconv_convert.artifacts.checkpoints.unwrap import AVERAGED
-from doconv_convert.artifacts.sources.source import Source, build, parse_source
+from doconv_convert.artifacts.sources.source import Source, parse_source
 from doconv_convert.errors import DoconvError
-from doconv_convert.files import atomic_write
+from doconv_convert.files import FREE, atomic_write, require_safetensors
 from doconv_convert.nn.composition import memory_format
 from doconv_convert.nn.factors import refuse_shards
 from doconv_convert.rewrite.foreign.authors import folded_authors_kernel, install_authors
 from doconv_convert.rewrite.options import Options
 from doconv_convert.words import listed
 
-_PREFIXES = ("module.", "_orig_mod.", "model.")
-# Absent from files older than torch 0.4.1; torch itself fills it in, in strict loads too.
-_FORGIVEN = "num_batches_tracked"
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -43,8 +41,10 @@ def save(model: nn.Module, path: str | Path, *, source: Source | str | None = No
     bytes.
 
     `source` ("torchvision:resnet18", ...) lets `load` and the command line rebuild the model without being told.
-    Raises DoconvError for a state that is not tensors, is on the meta device, or cannot be written.
+    Raises UsageError for a path that does not end in .safetensors, DoconvError for a state that is not tensors, is on
+    the meta device, or cannot be written.
     """
+    require_safetensors(Path(path), "path")
     refuse_shards(model, "save it with torch.distributed.checkpoint")
     source = parse_source(source) if isinstance(source, str) else source
     stored: dict[str, Tensor] = {}
@@ -75,7 +75,7 @@ def write_tensors(stored: dict[str, Tensor], recipe: Recipe, path: Path) -> None
         try:
             save_file(stored, temporary, metadata={METADATA_KEY: recipe.dump()})
         except SafetensorError as error:  # its words for what the operating system said
-            raise DoconvError(f"cannot write '{path}': {error}; free the place or choose another folder") from error
+            raise DoconvError(f"cannot write '{path}': {error}; {FREE}") from error
         except KeyError as error:
             names = ", ".join(f"'{name}'" for name, tensor in stored.items() if tensor.dtype == error.args[0])
             raise DoconvError(f"{names}: tensors of {error.args[0]} cannot be stored as safetensors.") from error
@@ -92,7 +92,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     if model is None:
         if checkpoint.recipe is None:
             raise DoconvError(f"'{path}' has no recipe; pass the network it belongs to: load(path, model=...).")
-        model = build(checkpoint.recipe.trusted_source(str(path)))
+        model = build_within(checkpoint.recipe.trusted_source(str(path)), checkpoint.state, str(path))
     return load_into(model, checkpoint)
 
 
@@ -123,29 +123,10 @@ def fitted(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
     if checkpoint.recipe is not None or checkpoint.units:
         return checkpoint
     own = model.state_dict().keys()
-    checkpoint = without_prefixes(checkpoint, own)
+    checkpoint = as_in_model(checkpoint, model)
     units = find_units(checkpoint.state, checkpoint.path, own)
     units = tuple(unit for unit in units if unit.key("weight") in own)  # others are unexpected keys
     return with_units(checkpoint, units)
-
-
-def without_prefixes(checkpoint: Checkpoint, own: Set[str] | None = None) -> Checkpoint:
-    """The checkpoint without the prefixes that wrappers (DDP, torch.compile, Lightning) put before every key.
-
-    Only where no key fits the model's `own` (known or not): a network may have a child named `model` of its own.
-    """
-    state, notes = checkpoint.state, list(checkpoint.notes)
-    if AVERAGED in state and AVERAGED not in (own or ()):
-        state = {key: value for key, value in state.items() if key != AVERAGED}
-        notes.append(f"took the averaged weights (there is an '{AVERAGED}')")
-    kept = replace(checkpoint, state=state, notes=tuple(notes))
-    while own is None or not own & names_when_folded(state):
-        prefix = next((one for one in _PREFIXES if all(key.startswith(one) for key in state)), None)
-        if prefix is None or not state:
-            return kept if own is not None else replace(checkpoint, state=state, notes=tuple(notes))
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-        notes.append(f"stripped '{prefix}' from every key")
-    return replace(checkpoint, state=state, notes=tuple(notes))
 
 
 def plain_tensors(units: Sequence[Unit], model: nn.Module, path: str) -> dict[str, Tensor]:
@@ -210,12 +191,13 @@ def _same(a: Unit, b: Unit) -> bool:
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], path: str) -> None:
     """`load_state_dict` with every difference named, in the state's dtypes. Raises DoconvError, first."""
-    _require_fit(model, state, path)
     own = model.state_dict(keep_vars=True)
+    state = {**state, **tied(state, own)}
+    _require_fit(model, state, path)
     for name, tensor in own.items():
         if name in state and tensor.dtype != state[name].dtype:
             tensor.data = tensor.data.to(state[name].dtype)
-    forgiven = {name: own[name] for name in own.keys() - state.keys() if name.endswith(_FORGIVEN)}
+    forgiven = {name: own[name] for name in own.keys() - state.keys() if name.endswith(FORGIVEN)}
     versioned = OrderedDict({**state, **forgiven})
     # Without the versions that `state_dict` gives to modules, torchvision's MNASNet refuses its own tensors.
     vars(versioned)["_metadata"] = vars(own)["_metadata"]
@@ -228,7 +210,8 @@ def _require_fit(model: nn.Module, state: Mapping[str, Tensor], path: str, *, pl
     `plain`: `model` is still to be converted, so that keys which may belong to a D are no reason to refuse.
     """
     own = model.state_dict(keep_vars=True)
-    missing = [k for k in own if k not in state and not k.endswith(_FORGIVEN)]
+    state = {**state, **tied(state, own)}
+    missing = [k for k in own if k not in state and not k.endswith(FORGIVEN)]
     unexpected = [k for k in state if k not in own and not (plain and may_be_factor(k, own))]
     misshapen = [
         f"'{k}' got {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"

@@ -2,7 +2,7 @@
 
 `.metadata` is a pickle, which torch itself reads with `pickle.load`. Here the few classes that such a file names
 become inert records; any other name is refused before it is looked up. The tensors' shards are slices of the
-`.distcp` files, read with `weights_only=True`. Entries that are pickled objects are never read.
+`.distcp` files, read as every file of `torch.save` is (`pickles.py`). Entries that are pickled objects are never read.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from doconv_convert.artifacts.checkpoints.pickles import load_tensors
+from doconv_convert.artifacts.checkpoints.pickles import open_pickled
+from doconv_convert.artifacts.checkpoints.places import METADATA_FILE
+from doconv_convert.artifacts.checkpoints.records import StoredTensor
 from doconv_convert.artifacts.checkpoints.unwrap import Unwrapper
 from doconv_convert.errors import DoconvError
 from doconv_convert.words import listed
-
-METADATA_FILE = ".metadata"
 
 
 class _Record:
@@ -97,10 +97,6 @@ class _Unpickler(pickle._Unpickler):
         return _ALLOWED[module, name]
 
 
-def is_distributed(path: Path) -> bool:
-    return (path / METADATA_FILE).is_file()
-
-
 def read_distributed(folder: Path, unwrapper: Unwrapper) -> dict[str, Tensor]:
     """The model's tensors, whole. Where one of the names under which training scripts keep the model is in the
     folder, only what is under it is read; `unwrapper` notes what was taken and what was left out.
@@ -165,7 +161,7 @@ def _choose(tree: Tree, unwrapper: Unwrapper) -> dict[str, tuple[str, Any]]:
     """The model's part of what was saved, flat."""
     while True:
         nested = [name for name, value in tree.items() if isinstance(value, dict)]
-        wrapper = unwrapper.choose(nested, list(tree))
+        wrapper = unwrapper.choose(tree)
         if wrapper is None and nested and len(tree) == len(nested) and not unwrapper.selection.prefix:
             if len(nested) > 1:
                 raise DoconvError(
@@ -240,7 +236,7 @@ def _read_piece(folder: Path, key: str, place: _Place) -> Tensor:
             f"'{folder}': '{name}' ends after {held} bytes, expected at least {offset + length} for '{key}'; it is "
             "incomplete: copy or save it again."
         )
-    piece = load_tensors(content, f"{folder}': '{key}' in '{name}")
-    if not isinstance(piece, Tensor):
-        raise DoconvError(f"'{folder}': '{key}' in '{name}' is a {type(piece).__name__}, expected a tensor.")
-    return piece
+    with open_pickled(content, f"{folder}': '{key}' in '{name}") as (pickled, file):
+        if not isinstance(pickled.root, StoredTensor):
+            raise DoconvError(f"'{folder}': '{key}' in '{name}' is no dense tensor.")
+        return pickled.tensor(file, pickled.root)

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from doconv_convert.artifacts.checkpoints.checkpoint import folded_tensors, with_units, without_prefixes, write_tensors
+from doconv_convert.artifacts.checkpoints.checkpoint import folded_tensors, with_units, write_tensors
 from doconv_convert.artifacts.checkpoints.foreign_keys import Unit, find_units
+from doconv_convert.artifacts.checkpoints.prefixes import without_prefixes
 from doconv_convert.artifacts.checkpoints.reading import Checkpoint, read_checkpoint, require_finite
 from doconv_convert.artifacts.checkpoints.recipe import Recipe
 from doconv_convert.artifacts.checkpoints.unwrap import Selection

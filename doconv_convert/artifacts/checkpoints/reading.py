@@ -1,8 +1,7 @@
-"""Reading checkpoints: safetensors (one file or shards with an index), pickled tensors, distributed folders."""
+"""Reading checkpoints: safetensors (one file or shards with an index), files of torch.save, distributed folders."""
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 from collections.abc import Mapping
@@ -14,18 +13,22 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from doconv_convert.artifacts.checkpoints.distributed import is_distributed, read_distributed
+from doconv_convert.artifacts.checkpoints.distributed import read_distributed
 from doconv_convert.artifacts.checkpoints.foreign_keys import Unit
-from doconv_convert.artifacts.checkpoints.pickles import load_tensors
+from doconv_convert.artifacts.checkpoints.pickles import damaged, open_pickled, refused, with_modules
+from doconv_convert.artifacts.checkpoints.places import find_place, read_index
 from doconv_convert.artifacts.checkpoints.recipe import METADATA_KEY, Recipe
+from doconv_convert.artifacts.checkpoints.records import StoredTensor, Stub
 from doconv_convert.artifacts.checkpoints.unwrap import Selection, Unwrapper, under_prefix, unwrap
 from doconv_convert.errors import DoconvError
 from doconv_convert.words import listed
 
-INDEX_SUFFIX = ".index.json"
 # Files of other frameworks, by how they begin.
 _OTHER_KINDS = {
     b"\x89HDF\r\n\x1a\n": "an HDF5 file (Keras, TensorFlow)",
+    b"version https://git-lfs": "a pointer of Git LFS, without the file itself (git lfs pull)",
+    b"<!DOCTYPE": "an HTML page, perhaps of a download that failed",
+    b"<html": "an HTML page, perhaps of a download that failed",
     struct.pack("<Q", 0x112): "an MXNet parameter file",
 }
 
@@ -34,7 +37,8 @@ _OTHER_KINDS = {
 class Checkpoint:
     """A file's tensors (aliases expanded), its recipe if it is one of ours, and what was taken of it.
 
-    `units` are foreign DO-Conv layers that were told by their keys; their tensors are no longer in `state`.
+    `units` are foreign DO-Conv layers that were told by their keys; their tensors are no longer in `state`. `parts` are
+    the names of several state dicts, which lead their keys.
     """
 
     path: str
@@ -43,35 +47,33 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     selection: Selection = field(default_factory=Selection)
     units: tuple[Unit, ...] = ()
+    parts: tuple[str, ...] = ()
 
 
 def read_checkpoint(path: str | Path, selection: Selection | None = None) -> Checkpoint:
-    """Read .safetensors, shards by their `.index.json` (or the folder with it), a pickled state dict (.pt, .pth,
-    .ckpt, .bin) with `weights_only=True`, or a folder of torch.distributed.checkpoint.
+    """Read .safetensors, shards by their `.index.json`, a file of `torch.save` (.pt, .pth, .ckpt, .bin), of which
+    nothing is run, a folder with one of them, or a folder of torch.distributed.checkpoint.
 
-    `selection` says which of the file's tensors are meant. Raises DoconvError: not there, damaged, a pickle with
-    more than tensors in it, or no tensors.
+    `selection` says which of the file's tensors are meant. Raises DoconvError: not there, damaged, or no tensors.
     """
-    name, place, selection = os.fspath(path), Path(path), selection or Selection()
-    index = _index_of(place)
-    unwrapper = Unwrapper(name, selection)
-    recipe = None
-    if is_distributed(place):
-        state = under_prefix(read_distributed(place, unwrapper), unwrapper)
-    elif index is not None:
-        state = _selected(_read_shards(index), unwrapper)
-    elif not place.is_file():
-        raise DoconvError(f"'{name}' is no file; expected a checkpoint (.safetensors, .pt, .pth).")
-    elif _is_pickle(name):
-        state = _read_pickle(place, unwrapper)
+    name, selection = os.fspath(path), selection or Selection()
+    unwrapper, place, recipe = Unwrapper(name, selection), find_place(Path(path)), None
+    if place.note is not None:
+        unwrapper.notes.append(place.note)
+    if place.distributed:
+        state = under_prefix(read_distributed(place.file, unwrapper), unwrapper)
+    elif place.index:
+        state = _selected(_read_shards(place.file), unwrapper)
+    elif _is_pickle(str(place.file)):
+        state = _read_pickle(place.file, unwrapper)
     else:
-        state, recipe = _read_safetensors(name)
+        state, recipe = _read_safetensors(str(place.file), unwrapper.notes)
         if recipe is not None and (selection.prefix or selection.ema):
             raise DoconvError(f"'{name}' is a file of ours, which is one whole model: leave out `prefix` and `ema`.")
         state = state if recipe else _selected(state, unwrapper)
     if not state:
         raise DoconvError(f"'{name}' holds no tensors.")
-    return Checkpoint(name, state, recipe, tuple(unwrapper.notes), selection)
+    return Checkpoint(name, state, recipe, tuple(unwrapper.notes), selection, parts=unwrapper.parts)
 
 
 def require_finite(checkpoint: Checkpoint) -> None:
@@ -98,17 +100,17 @@ def _is_pickle(path: str) -> bool:
     of other frameworks."""
     try:
         with open(path, "rb") as file:
-            head = file.read(9)
+            head = file.read(24)
     except OSError as error:
         raise DoconvError(f"'{path}' cannot be read ({error.strerror}); expected a checkpoint file.") from error
     for magic, kind in _OTHER_KINDS.items():
         if head.startswith(magic):
             raise DoconvError(f"'{path}' is {kind}; expected a PyTorch checkpoint: convert its tensors to one first.")
     # safetensors starts with its header's length, which may end in 0x80 like a pickle, and the header's brace
-    return head[:2] == b"PK" or (head[:1] == b"\x80" and head[4:] != b"\0\0\0\0{")
+    return head[:2] == b"PK" or (head[:1] == b"\x80" and head[4:9] != b"\0\0\0\0{")
 
 
-def _read_safetensors(path: str) -> tuple[dict[str, Tensor], Recipe | None]:
+def _read_safetensors(path: str, notes: list[str] | None = None) -> tuple[dict[str, Tensor], Recipe | None]:
     _require_whole_header(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -117,6 +119,13 @@ def _read_safetensors(path: str) -> tuple[dict[str, Tensor], Recipe | None]:
     except Exception as error:  # safetensors and torch raise many kinds for a damaged header
         raise _not_safetensors(path, str(error)[:200]) from error
     recipe = Recipe.parse(metadata[METADATA_KEY], path) if METADATA_KEY in metadata else None
+    if recipe is None:
+        # what safetensors' save_model leaves out: the further names of a shared tensor
+        aliases = {alias: name for alias, name in metadata.items() if name in state and alias not in state}
+        state |= {alias: state[name] for alias, name in aliases.items()}
+        if aliases and notes is not None:
+            told = [f"'{alias}' is '{name}'" for alias, name in aliases.items()]
+            notes.append(f"tensors stored once, by the file's own metadata: {listed(told)}")
     for alias, stored in recipe.aliases.items() if recipe else ():
         if stored not in state or alias in state:
             raise DoconvError(
@@ -145,34 +154,12 @@ def _not_safetensors(path: str, reason: str) -> DoconvError:
     )
 
 
-def _index_of(place: Path) -> Path | None:
-    """The index of shards that `place` is, or the only one in the folder that it is."""
-    if place.is_dir():
-        found = sorted(place.glob(f"*{INDEX_SUFFIX}"))
-        if len(found) > 1:
-            raise DoconvError(
-                f"'{place}' has several indices ({listed([one.name for one in found])}); name one of them."
-            )
-        return found[0] if found else None
-    return place if place.name.endswith(INDEX_SUFFIX) and place.is_file() else None
-
-
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    """The tensors of every shard that an index (`{"weight_map": {key: file}}`) lists.
-
-    Raises DoconvError where a shard or a key is missing, or a name points out of the folder.
-    """
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if not isinstance(weight_map, Mapping) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise TypeError("its weight_map is no map from keys to files")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DoconvError(f"'{index}' cannot be read as an index of shards ({error!r:.200}); it is damaged.") from error
+    """The tensors of every shard that an index lists. Raises DoconvError where a shard or a key is missing."""
     state: dict[str, Tensor] = {}
+    weight_map = read_index(index)
     for name in dict.fromkeys(weight_map.values()):
         shard = index.parent / name
-        if Path(name).name != name:
-            raise DoconvError(f"'{index}' names the shard '{name}', outside of its folder; it was not opened.")
         if not shard.is_file():
             raise DoconvError(f"'{index}' names the shard '{name}', which is not there; copy the whole folder.")
         held = _read_shard(shard)
@@ -192,19 +179,40 @@ def _read_shard(shard: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(path: Path, unwrapper: Unwrapper) -> dict[str, Tensor]:
-    content: Any = load_tensors(path, str(path))
-    if not isinstance(content, Mapping):
-        raise DoconvError(f"'{path}' holds a {type(content).__name__}, expected a state dict; save model.state_dict().")
-    state = unwrap(content, unwrapper)
-    other = [key for key, value in state.items() if not isinstance(value, Tensor)]
-    if len(other) == len(state) > 1 and all(isinstance(value, Mapping) for value in state.values()):
-        raise DoconvError(
-            f"'{path}' holds several dictionaries ({listed(list(state))}); take one of them: `prefix` {other[0]}."
-        )
-    if other:
-        kind = type(state[other[0]]).__name__
-        raise DoconvError(
-            f"'{path}': '{other[0][:80]}' is a {kind}, expected tensors only; save model.state_dict(), or take the "
-            "model's part with `prefix`."
-        )
-    return state
+    with open_pickled(path, str(path)) as (pickled, file):
+        try:
+            content = with_modules(pickled.root, unwrapper.notes)
+        except ValueError as error:
+            raise damaged(str(path), error) from error
+        if isinstance(content, Stub):
+            raise refused(str(path), f"holds more than tensors, a '{content.of[:80]}'", pickled.others)
+        if not isinstance(content, Mapping):
+            kind = "Tensor" if isinstance(content, StoredTensor) else type(content).__name__
+            raise DoconvError(f"'{path}' holds a {kind}, expected a state dict; save model.state_dict().")
+        state = unwrap(content, unwrapper, lambda value: isinstance(value, StoredTensor))
+        other = [key for key, value in state.items() if not isinstance(value, StoredTensor)]
+        if other:
+            raise DoconvError(
+                f"'{path}': '{other[0][:80]}' is {_kind(state[other[0]])}, expected tensors only; save "
+                "model.state_dict(), or take the model's part with `prefix`."
+            )
+        if pickled.others:
+            unwrapper.notes.append(f"left out, and not run: {listed(pickled.others)}")
+        try:
+            return {key: pickled.tensor(file, value) for key, value in state.items()}
+        except (ValueError, RuntimeError) as error:
+            raise damaged(str(path), error) from error
+
+
+# What torch.save makes of tensors that are no dense ones.
+_ODD_TENSORS = {
+    "torch._utils._rebuild_sparse_tensor": "a sparse tensor (save its to_dense())",
+    "torch._utils._rebuild_meta_tensor_no_storage": "a tensor without values (meta)",
+    "torch._utils._rebuild_qtensor": "a tensor that is quantized",
+}
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Stub):
+        return _ODD_TENSORS.get(value.of, f"a {value.of[:80]}")
+    return f"a {type(value).__name__}"

@@ -1,4 +1,5 @@
-"""A process of our own that answers questions: both are JSON, a line each. It does not outlive its parent.
+"""A process of our own that answers questions: both are JSON, a line each. It does not outlive its parent, and neither
+do its temporary files: they lie in a folder of the parent's.
 
 A fresh interpreter, not a fork: OpenMP's threads do not survive forking.
 """
@@ -12,10 +13,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from queue import SimpleQueue
 from threading import Event, Thread, Timer
 from typing import Any, NoReturn
+
+from doconv_convert.files import scratch_folder
+from doconv_convert.interrupts import undone
 
 # torch gives back little memory: a fresh process takes over after so many answers.
 ANSWERS_A_PROCESS = 8
@@ -76,6 +80,8 @@ class JsonProcess:
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         self._words = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (a pipe could fill up)
         self._answers = 0
+        self._scope = ExitStack()
+        scratch = self._scope.enter_context(scratch_folder())
         self._process = subprocess.Popen(
             self._command,
             stdin=subprocess.PIPE,
@@ -85,9 +91,10 @@ class JsonProcess:
             encoding="utf-8",
             errors="replace",
             env=os.environ
-            | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "PYTHONIOENCODING": "utf-8"}
+            | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "PYTHONIOENCODING": "utf-8", "TMPDIR": str(scratch)}
             | self._environment,
         )
+        self._scope.enter_context(undone(self._process.kill, process=True))
 
     def _ask(self, line: str) -> str:
         """The answer's line; empty where the process died."""
@@ -103,6 +110,7 @@ class JsonProcess:
         """The exit code of the process that ends, and what it said."""
         with suppress(BrokenPipeError):
             self._process.communicate()
+        self._scope.close()
         if self._words.closed:
             return self._process.returncode, ""
         with self._words:

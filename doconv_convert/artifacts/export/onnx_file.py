@@ -9,13 +9,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from doconv_convert.files import (
-    atomic_write,
-    install_files,
-    publish_data,
-    remove_stale_data,
-    temporary_beside,
-)
+from doconv_convert.files import data_name, install_files, stale_data, workspace_beside
 
 # protobuf ends at 2 GiB; the rest is room for the graph around the weights
 ONE_FILE_BYTES = 2**31 - 2**25
@@ -63,25 +57,27 @@ def write(model: ir.Model, target: Path) -> None:
     A kill at any moment leaves the old model or the new one, complete; data of earlier models is deleted at
     the end. Raises DoconvError where the place cannot be written.
     """
-    if _weight_bytes(model) <= ONE_FILE_BYTES:
-        with atomic_write(target) as temporary:
-            ir.save(model, temporary, format="protobuf")
-        remove_stale_data(target)
-        return
-    _write_pair(model, target)
+    with workspace_beside(target) as folder:
+        finished = folder / target.name
+        if _weight_bytes(model) <= ONE_FILE_BYTES:
+            ir.save(model, finished, format="protobuf")
+        else:
+            _write_pair(model, finished, target)
+        install_model(finished, target)
 
 
-def install_model(finished: Path, target: Path, also: Sequence[tuple[Path, Path]] = ()) -> None:
+def install_model(
+    finished: Path, target: Path, also: Sequence[tuple[Path, Path]] = (), stale: Sequence[Path] = ()
+) -> None:
     """Moves the finished model at `finished` to `target`, the very bytes, its external data before it and `also`, other
-    finished files and their places, after it.
+    finished files and their places, after it; earlier data and the `stale` files go. All of it or nothing.
 
-    `finished` has the target's name, and everything finished lies in its target's file system. Raises DoconvError where
-    a place cannot be written.
+    Everything finished lies in its target's file system. Raises DoconvError where a place cannot be written.
     """
     data = _data_files(finished)
     moves = [(finished.with_name(name), target.with_name(name)) for name in data]
-    install_files([*moves, (finished, target), *also])
-    remove_stale_data(target, keep=next(iter(data), None))
+    gone = [*stale_data(target, keep=next(iter(data), None)), *(path for path in stale if path.exists())]
+    install_files([*moves, (finished, target), *also], gone, like=target)
 
 
 def _data_files(path: Path) -> set[str]:
@@ -101,14 +97,15 @@ def read_header(path: Path) -> Header:
     return Header(opset, inputs, outputs, external)
 
 
-def _write_pair(model: ir.Model, target: Path) -> None:
-    with temporary_beside(target) as data, atomic_write(target) as temporary:
-        ir.save(model, temporary, format="protobuf", external_data=data.name)
-        name = publish_data(data, target)
-        saved = ir.load(temporary, format="protobuf")
-        _point_to(saved, name)
-        ir.save(saved, temporary, format="protobuf")
-    remove_stale_data(target, keep=name)
+def _write_pair(model: ir.Model, finished: Path, target: Path) -> None:
+    """The model and its data file, which has its name for good: the name in `target`'s folder."""
+    data = finished.with_name("data")
+    ir.save(model, finished, format="protobuf", external_data=data.name)
+    name = data_name(data, target)
+    data.rename(finished.with_name(name))
+    saved = ir.load(finished, format="protobuf")
+    _point_to(saved, name)
+    ir.save(saved, finished, format="protobuf")
 
 
 def _port(value: onnx.ValueInfoProto) -> Port:

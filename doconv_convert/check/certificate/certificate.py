@@ -51,12 +51,6 @@ def reference_path(onnx: Path) -> Path:
     return onnx.with_name(f"{onnx.stem}.reference.npz")
 
 
-def remove_certificate(onnx: Path) -> None:
-    """Delete the certificate of an earlier file at `onnx`."""
-    for path in (certificate_path(onnx), reference_path(onnx)):
-        path.unlink(missing_ok=True)
-
-
 def write_certificate(onnx: Path, proof: Proof, reference: ReferenceRun, origin: Origin) -> list[Path]:
     """Write the side file and the certificate of the finished file `onnx`, returned in this order; the same file and
     proof, the same bytes.

@@ -10,6 +10,7 @@ from typing import Any
 
 from doconv_convert.artifacts.sources.zoos import expand
 from doconv_convert.errors import DoconvError
+from doconv_convert.files import refused
 from doconv_convert.workflows.rehearsal.result import CANNOT_EXPORT
 
 Result = dict[str, Any]
@@ -78,6 +79,8 @@ class Rehearsals:
     def of(cls, request: RehearseRequest) -> Rehearsals:
         """Raises UsageError for globs that match nothing, DoconvError for a file that holds no results."""
         wanted = tuple(expand(request.sources))
+        if request.resume is not None:
+            _make_writable(request.resume)
         known = _read(request)
         return cls(request, wanted, known, tuple(text for text in wanted if text not in known))
 
@@ -86,7 +89,7 @@ class Rehearsals:
         for result in _results(self.todo, self.request):
             self.known[result["source"]] = result
             if self.request.resume is not None:
-                with self.request.resume.open("a") as file:
+                with refused(self.request.resume), self.request.resume.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(result) + "\n")
             yield result
 
@@ -108,13 +111,32 @@ def _results(todo: Sequence[str], request: RehearseRequest) -> Iterator[Result]:
             yield rehearse(text, **request.settings, waiting=waiting).to_json()
 
 
+def _make_writable(resume: Path) -> None:
+    """Makes the file where there is none, and whole where its last line was cut off: by a kill, or a full disk.
+
+    Raises DoconvError where it cannot be written.
+    """
+    with refused(resume), resume.open("ab+") as file:
+        file.seek(0)
+        content = file.read()
+        last = content.rpartition(b"\n")[2]
+        if not last:
+            return
+        try:
+            json.loads(last)
+        except ValueError:  # that model is rehearsed again
+            file.truncate(len(content) - len(last))
+        else:
+            file.write(b"\n")
+
+
 def _read(request: RehearseRequest) -> dict[str, Result]:
     """The results by their sources: those of the same settings, with the export where it is asked for."""
     resume, settings = request.resume, request.settings
-    if resume is None or not resume.exists():
+    if resume is None:
         return {}
     try:
-        results = [json.loads(line) for line in resume.read_text().splitlines() if line.strip()]
+        results = [json.loads(line) for line in resume.read_text(encoding="utf-8").split("\n") if line.strip()]
         serving = [settings, {**settings, "export": True}]
         return {result["source"]: result for result in results if result["settings"] in serving}
     except (ValueError, KeyError, TypeError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from doconv_convert.check.torch_runs.exact_start import require_same_output
 from doconv_convert.check.torch_runs.float64 import output_tensors
 from doconv_convert.check.torch_runs.memory import release_weights
 from doconv_convert.errors import DoconvError, UsageError
+from doconv_convert.files import scratch_folder
 from doconv_convert.rewrite.convert import convert, copy_model, refuse_wrapped, require_sites, same_outputs
 from doconv_convert.rewrite.discover import discover
 from doconv_convert.rewrite.fold import fold_in_place
@@ -220,8 +220,7 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 
 def _export_and_prove(rehearsal: Rehearsal, ready: ConvertedModel, draw: Attempt, waiting: Sequence[Child]) -> None:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with scratch_folder() as folder:
         with step(rehearsal, "save"):
             save(ready.model, folder / "randomized.safetensors", source=ready.source)
             release_weights(ready.model)
