@@ -88,6 +88,22 @@ def test_a_cell_repeats_its_numbers_and_its_arms_part_from_one_start(modules: Si
     assert ours["departure"] > 0
 
 
+@pytest.mark.parametrize(
+    ("task", "net"),
+    [("denoise", "3x3 bn"), ("denoise", "7x7"), ("superres", "espcn"), ("denoise", "fourier"), ("fashion", "resnet18")],
+)
+def test_every_net_trains_converted(modules: SimpleNamespace, task: str, net: str) -> None:
+    work = modules.training.WORK[task, net]
+    starts = [modules.training.start(modules.cells.Cell(task, net, "adam", 1, arm, 0.1, 1.0, 5)) for arm in ("K", "2K")]
+    x = torch.randn(2, 1, 8, 8)
+    found = [model(x) for model in starts]
+    assert found[0].equal(found[1])
+    assert found[0].shape == {"superres": (2, 1, 16, 16), "fashion": (2, 10)}.get(task, x.shape)
+    target = torch.tensor([3, 7]) if task == "fashion" else torch.zeros_like(found[0])
+    modules.training.backward(starts[0], work.task, (x, target))
+    assert 0 < modules.training.median_lever(starts[0]) < 1
+
+
 def test_a_training_that_runs_away_counts_as_the_floor(modules: SimpleNamespace) -> None:
     cell = modules.cells.Cell("denoise", "3x3", "sgd", 1, "plain", 1e6, None, 100)
     row = modules.training.run(cell, steps=4)
