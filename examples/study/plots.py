@@ -70,6 +70,8 @@ def mean_curve(rows: Sequence[Row], name: str) -> np.ndarray[Any, Any]:
 def _losses(axis: Any, one: Comparison) -> None:
     for label, rows in zip(("plain", "DO-Conv"), zip(*one.pairs, strict=True), strict=True):
         curve = mean_curve(rows, "curve")
+        if not len(curve):  # all diverged
+            continue
         window = max(1, len(curve) // 10)
         smooth = np.convolve(curve, np.ones(window) / window, "valid")
         axis.plot(100 * (np.arange(len(smooth)) + window) / len(curve), smooth, label=label, linewidth=1)
