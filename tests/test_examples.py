@@ -30,7 +30,7 @@ def rows(path: Path) -> dict[tuple[str, str, str, int], dict]:
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("study") / "study.jsonl"
     nets = ["--data", "digits", "--nets", "stack", "--seeds", "2", "--epochs", "1", "--jobs", "1"]
-    python(STUDY / "study.py", *nets, "--resume", path)
+    python(STUDY / "first_edition.py", *nets, "--resume", path)
     return path
 
 
@@ -50,7 +50,7 @@ def test_a_cell_run_again_gives_the_same_numbers(study: Path, tmp_path: Path) ->
     again = tmp_path / "again.jsonl"
     again.write_text("\n".join(lines[:-1]) + "\n")
     shown = python(
-        STUDY / "study.py",
+        STUDY / "first_edition.py",
         *["--data", "digits", "--nets", "stack", "--seeds", "2", "--epochs", "1", "--resume", again],
     )
     assert shown.startswith("[1/1]")
@@ -61,7 +61,9 @@ def test_a_cell_run_again_gives_the_same_numbers(study: Path, tmp_path: Path) ->
 
 def test_the_page_tells_pairs_and_intervals(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = tmp_path / "study.md"
-    monkeypatch.setattr(sys, "argv", ["summary.py", str(study), str(page)])
+    (tmp_path / "study.jsonl").write_bytes(study.read_bytes())
+    monkeypatch.setattr(sys, "argv", ["summary.py", str(tmp_path), str(page)])
+    monkeypatch.syspath_prepend(str(STUDY))
     pictures = [page.with_name(f"study_{what}.svg") for what in ("accuracy", "losses")]
     drawn = []
     for _ in range(2):

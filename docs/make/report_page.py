@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "examples/study"), str(ROOT / "tests")]
 
 from data import DATA  # noqa: E402
-from study import train  # noqa: E402
+from first_edition import train  # noqa: E402
 from support_browser import browser  # noqa: E402
 
 CELL = "fashion", "resnet", "K", 0

@@ -1,109 +1,114 @@
-"""Does over-parameterization help? Pairs of trainings that differ in nothing else.
+"""Does over-parameterization help? The second edition: both sides tuned alike, then pairs on fresh seeds.
 
-    python examples/study/study.py --jobs 2 --resume docs/data/study.jsonl
-    python examples/study/summary.py docs/data/study.jsonl docs/study.md
+    python examples/study/study.py --jobs 2 --resume docs/data/study2.jsonl
+    python examples/study/summary.py docs/data docs/study.md
 
-A cell is one training: data x net x arm x seed. All arms of a seed start as the same function (a conversion starts
-exactly), see the same batches in the same order and use the same optimizer. The arms: `plain` convolutions; `K` and
-`2K` for DO-Conv with D_mul = K and 2K. One thread a cell: a cell run again gives the same numbers.
+docs/study_plan.md says what is compared, how, and what each outcome means; it was committed before any run. A run that
+is stopped goes on from its file. `--repeat N` runs N finished cells again and compares their numbers.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from itertools import product
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
-from data import DATA, EPOCHS
-from nets import NETS
-from torch import Tensor, nn
-from torch.nn import functional as F
+import plan
+from cells import Cell, Results, Row, read
+from training import run
 
-from doconv_convert import to_doconv
-
-ARMS = ("plain", "K", "2K")
-BATCH = 64
-LEARNING_RATE = 0.05
-Cell = tuple[str, str, str, int]
+SAME = "cell", "m", "curve", "loss", "score", "diverged", "levers", "departure"
+"""What a cell that is run again must repeat."""
 
 
-def build(net: str, arm: str, seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    model = NETS[net]()
-    return model if arm == "plain" else to_doconv(model, d_mul=arm, seed=seed)
+def differences(first: Row, second: Row) -> list[str]:
+    return [name for name in SAME if first[name] != second[name]]
 
 
-def batches(count: int, epochs: int, seed: int) -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        order = torch.randperm(count, generator=generator)
-        yield from (order[start : start + BATCH] for start in range(0, count - BATCH + 1, BATCH))
+def repeat(results: Results, count: int, steps: int | None, device: str) -> int:
+    """Run `count` finished cells again, the cheapest settings first; how many differ."""
+    rows = sorted(results.values(), key=lambda row: row["seconds"])[:count]
+    changed = 0
+    for row in rows:
+        again = json.loads(json.dumps(run(Cell(*row["cell"]), steps, device)))
+        found = differences(row, again)
+        changed += bool(found)
+        print(f"{title(row)}: {'differs in ' + ', '.join(found) if found else 'the same numbers'}", flush=True)
+    return changed
 
 
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    model.eval()
-    with torch.no_grad():
-        found = torch.cat([model(part).argmax(1) for part in images.split(500)])
-    return float((found == labels).double().mean())
+def title(row: Row) -> str:
+    cell = Cell(*row["cell"])
+    return f"{cell.setting}: {cell.choice}, seed {cell.seed}"
 
 
-def run(cell: Cell, epochs: int | None = None) -> dict[str, Any]:
-    """A cell's loss at each step, its test accuracy, and the seconds of processor time that the steps took."""
-    return train(cell, epochs)[1]
+def executor(jobs: int) -> Executor:
+    """A process for each job, as torch's threads are set by process; a single job stays in this one."""
+    return ThreadPoolExecutor(1) if jobs == 1 else ProcessPoolExecutor(jobs, get_context("spawn"))
 
 
-def train(cell: Cell, epochs: int | None = None) -> tuple[nn.Module, dict[str, Any]]:
-    """Train one cell: the model in eval mode, and `run`'s row."""
-    data, net, arm, seed = cell
-    torch.set_num_threads(1)
-    (images, labels), test = DATA[data]()
-    model = build(net, arm, seed).train()
-    order = list(batches(len(labels), epochs or EPOCHS[data], seed))
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(order))
-    losses, start = [], time.process_time()
-    for chosen in order:
-        loss = F.cross_entropy(model(images[chosen]), labels[chosen])
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-        losses.append(float(loss.detach()))
-    seconds = time.process_time() - start
-    rounded = [float(f"{loss:.6g}") for loss in losses]
-    row = {"cell": list(cell), "losses": rounded, "accuracy": accuracy(model, *test), "seconds": round(seconds, 1)}
-    return model, row
+def work(results: Results, file: Any, options: argparse.Namespace) -> None:
+    """Run what is ready until nothing is, or until the next cell would not end in time."""
+    start = time.monotonic()
+    running: dict[Future[Row], Cell] = {}
+    done = 0
+
+    def next_cell() -> Cell | None:
+        under_way = set(running.values())
+        for cell in plan.ready(results, options.size, options.only):
+            if cell in under_way:
+                continue
+            ends = (time.monotonic() - start + plan.cost(cell.setting)) / 60
+            return cell if options.minutes is None or ends <= options.minutes else None
+        return None
+
+    with executor(options.jobs) as pool:
+        while True:
+            while len(running) < options.jobs and (cell := next_cell()) is not None:
+                running[pool.submit(run, cell, options.steps, options.device)] = cell
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                cell, row = running.pop(future), future.result()
+                results[cell] = row
+                print(json.dumps(row), file=file, flush=True)
+                done += 1
+                minutes = (time.monotonic() - start) / 60
+                print(f"[{done}, {minutes:.1f} min] {title(row)}: {row['score']}, {row['seconds']} s", flush=True)
+    left = sum(1 for _ in plan.ready(results, options.size, options.only))
+    print(f"{done} cells run; {left or 'none'} ready to go on with.")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
-    parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
-    parser.add_argument("--seeds", type=int, default=6)
-    parser.add_argument("--epochs", type=int, help="instead of the study's own, for a try")
-    parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument(
-        "--resume", type=Path, default=Path("docs/data/study.jsonl"), help="results; what is there stays"
+        "--resume", type=Path, default=Path("docs/data/study2.jsonl"), help="results; what is there stays"
     )
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--minutes", type=float, help="start nothing that would end after them")
+    parser.add_argument("--only", choices=sorted({setting[0] for setting in plan.RATES}), help="this task")
+    parser.add_argument("--size", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--steps", type=int, help="of every cell, for a try")
+    parser.add_argument(
+        "--repeat", type=int, metavar="N", help="run N finished cells again; exit code 1 if they differ"
+    )
+    parser.add_argument("--count", action="store_true", help="print the plan's rates, cells and minutes; run nothing")
     options = parser.parse_args()
-    rows = [json.loads(line) for line in options.resume.read_text().splitlines()] if options.resume.exists() else []
-    done = {tuple(row["cell"]) for row in rows}
-    # seeds outermost: a study that is cut short has whole pairs
-    cells = [(d, n, a, s) for s, d, n, a in product(range(options.seeds), options.data, options.nets, ARMS)]
-    todo = [cell for cell in cells if cell not in done]
-    with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool, options.resume.open("a") as file:
-        for number, future in enumerate(as_completed([pool.submit(run, c, options.epochs) for c in todo]), 1):
-            row = future.result()
-            print(json.dumps(row), file=file, flush=True)
-            name = " ".join(map(str, row["cell"]))
-            print(f"[{number}/{len(todo)}] {name}: accuracy {row['accuracy']:.4f}, {row['seconds']} s", flush=True)
+    if options.count:
+        print("\n".join([*plan.grid_table(options.size), "", *plan.cost_table(options.size)]))
+        return
+    options.device = "cuda" if options.size == "gpu" else "cpu"
+    results = read(options.resume)
+    if options.repeat is not None:
+        sys.exit(repeat(results, options.repeat, options.steps, options.device) > 0)
+    options.resume.parent.mkdir(parents=True, exist_ok=True)
+    with options.resume.open("a") as file:
+        work(results, file, options)
 
 
 if __name__ == "__main__":

@@ -1,166 +1,101 @@
 """The study's page and plots, from its results.
 
-python examples/study/summary.py docs/data/study.jsonl docs/study.md
+python examples/study/summary.py docs/data docs/study.md
+
+Reads study.jsonl (the first edition), study2.jsonl and gpu/study.json of the folder, as far as they are there.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import platform
-import re
-import statistics
 import sys
-from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
-from typing import Any
 
-import matplotlib
+import first_page
+import plots
+import tables
+from cells import Cell, Results, read
+from comparisons import Verdict, headline, sentence, verdicts
+from plan import confirmatory
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import numpy as np
-import torch
-from scipy.stats import t as student
+HEAD = """# Does it help?
 
-Row = dict[str, Any]
-Runs = dict[tuple[str, str], dict[str, dict[int, Row]]]  # (data, net) -> arm -> seed -> its row
-ARMS = ("K", "2K")
-
-HEAD = """# Does it help? Pairs of trainings
-
-Made by `python examples/study/study.py` and `python examples/study/summary.py docs/data/study.jsonl docs/study.md`;
-do not edit. Every pair starts as the same function, sees the same batches in the same order, and has the same optimizer
-(SGD, momentum 0.9, weight decay 5e-4, cosine from 0.05, batches of 64): only the layer differs. Differences are
-over-parameterized minus plain, means over the seeds, with the 95 % confidence interval of the paired mean (Student's
-t). An interval that holds zero shows no difference. The last loss is the mean over the last tenth of the steps, the
-time that of the processor, the median over the pairs.
-
-For comparison, what the authors publish for ImageNet (top-1 points gained, settings untouched, in their repository
-yangyanli/DO-Conv and arXiv 2006.12030): +1.01 for a plain 18-layer net; +0.82, +0.49, +0.08, +0.46 and +0.07 for
-ResNet-v1 of 18, 34, 50, 101 and 152 layers; +0.40 for ResNeXt-50 32x4d; +0.03 for MobileNet-v1. Small networks on small
-images, as here, can neither confirm nor refute those.
+Made by `python examples/study/summary.py docs/data docs/study.md`; do not edit.
 """
+ABOUT = """Run with `{command}` on {machines}: {cells} trainings, {minutes:.0f} minutes of {clock}.
+[study_plan.md](study_plan.md), committed before the runs, says what is compared and how.
+
+Differences are DO-Conv minus plain, both at the choice that their tuning found best, paired on fresh seeds: the mean
+with its 95 % interval (Student's t). *Last loss*: the training loss over the last tenth of the steps, in % of the plain
+net's. *Steps*: the part of the run after which DO-Conv has come down to that loss, the median. *Time*: over plain's,
+the median. *An end*: the best rate is the last of its grid, so a better one may lie outside.
+"""
+RUN_BY = {
+    "cpu": ("python examples/study/study.py --jobs 2", "processor time"),
+    "gpu": ("benchmarks/gpu/run.sh --only study", "time"),
+}
 
 
-def read(path: Path) -> Runs:
-    runs: Runs = {}
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
-        data, net, arm, seed = row["cell"]
-        runs.setdefault((data, net), {}).setdefault(arm, {})[seed] = row
-    return dict(sorted(runs.items()))
-
-
-def last_loss(row: Row) -> float:
-    """The mean loss of the last tenth of the steps."""
-    losses = row["losses"]
-    return statistics.fmean(losses[-max(1, len(losses) // 10) :])
-
-
-def interval(differences: list[float]) -> tuple[float, float]:
-    """(mean, half the width of its 95 % confidence interval)."""
-    mean = statistics.fmean(differences)
-    if len(differences) < 2:
-        return mean, float("nan")
-    error = statistics.stdev(differences) / len(differences) ** 0.5
-    return mean, float(student.ppf(0.975, len(differences) - 1)) * error
-
-
-def paired(arms: dict[str, dict[int, Row]], arm: str, figure: Callable[[Row], float]) -> list[float]:
-    seeds = sorted(arms["plain"].keys() & arms.get(arm, {}).keys())
-    return [figure(arms[arm][seed]) - figure(arms["plain"][seed]) for seed in seeds]
-
-
-def table(runs: Runs) -> list[str]:
-    lines = [
-        "| data | net | D_mul | seeds | plain accuracy, % | accuracy, points | last loss | time, of plain |",
-        "|---|---|---|---:|---:|---:|---:|---:|",
+def second_edition(results: Results, size: str, page: Path) -> list[str]:
+    """Its lines; its plots are drawn beside the page."""
+    command, clock = RUN_BY[size]
+    found = verdicts(confirmatory(size), results)
+    machines = " and ".join(sorted({row["machine"] for row in results.values()}))
+    minutes = sum(row["seconds"] for row in results.values()) / 60
+    about = ABOUT.format(command=command, machines=machines, cells=len(results), minutes=minutes, clock=clock)
+    lines = [about, *sentences(found), "", *tables.confirmatory(found, results), ""]
+    lines += pictures(found, size, page)
+    sections = [
+        ("The pilot's table, again (exploratory)", tables.pilots(results) if size == "cpu" else []),
+        ("Every m at the plain net's best rate, and D_mul = 2K (exploratory)", tables.untuned(results, size)),
+        ("In reserve (exploratory)", tables.reserves(results, size, confirmatory(size))),
     ]
-    for (data, net), arms in runs.items():
-        plain = statistics.fmean(100 * row["accuracy"] for row in arms["plain"].values())
-        for arm in ARMS:
-            points = paired(arms, arm, lambda row: 100 * row["accuracy"])
-            losses = paired(arms, arm, last_loss)
-            times = [arms[arm][seed]["seconds"] / arms["plain"][seed]["seconds"] for seed in arms[arm]]
-            (gain, wide), (less, loose) = interval(points), interval(losses)
-            lines.append(
-                f"| {data} | {net} | {arm} | {len(points)} | {plain:.2f} | {gain:+.2f} ± {wide:.2f} | "
-                f"{less:+.4f} ± {loose:.4f} | {statistics.median(times):.2f} |"
-            )
+    for title, compared in sections:
+        if compared:
+            lines += [f"### {title}", "", *tables.against(compared), ""]
+    lines += ["### All that was run", "", *tables.tuning(results), "", *tables.alone(results), ""]
     return lines
 
 
-def verdict(runs: Runs) -> str:
-    """What the table says in words: how many intervals lie above, around and below zero."""
-    spans = [interval(paired(arms, arm, lambda row: 100 * row["accuracy"])) for arms in runs.values() for arm in ARMS]
-    above = sum(mean - half > 0 for mean, half in spans)
-    below = sum(mean + half < 0 for mean, half in spans)
-    seeds = min(len(arms["plain"]) for arms in runs.values())
-    cells = [row for arms in runs.values() for rows in arms.values() for row in rows.values()]
-    minutes = sum(row["seconds"] for row in cells) / 60
-    return (
-        f"{len(cells)} trainings, {minutes:.0f} minutes of processor time on {machine()}.\n\n"
-        f"Of {len(spans)} comparisons of the test accuracy, {above} show a gain, {below} a loss, and "
-        f"{len(spans) - above - below} no difference that {seeds} seeds could tell."
-    )
+def sentences(found: list[Verdict]) -> list[str]:
+    by_net = groupby(sorted(found, key=lambda one: one.setting), key=lambda one: one.setting[:3])
+    return [f"- {sentence(list(some))}" for _, some in by_net]
 
 
-def machine() -> str:
-    """Where the study was run, if the summary is made on the same machine."""
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
-    return f"{cpu[1] if cpu else platform.processor()} ({os.cpu_count()} cores), torch {torch.__version__}"
+def pictures(found: list[Verdict], size: str, page: Path) -> list[str]:
+    compared = [(str(one.setting), one.comparison) for one in found if one.comparison and one.comparison.pairs]
+    if not compared:
+        return []
+    lines = []
+    for name, draw, title in (
+        ("difference", plots.differences, "DO-Conv minus plain, with intervals"),
+        ("curves", plots.curves, "training loss"),
+        ("lever", plots.levers, "the lever over training"),
+    ):
+        path = page.with_name(f"{page.stem}2_{'gpu_' if size == 'gpu' else ''}{name}.svg")
+        draw(compared, path)
+        lines.append(f"![{title}]({path.name})")
+    return [*lines, ""]
 
 
-def plot_accuracy(runs: Runs, path: Path) -> None:
-    """Each comparison's mean difference in accuracy and its interval; the single pairs behind them."""
-    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
-    labels = []
-    for row, ((data, net), arm) in enumerate((one, arm) for one in runs for arm in ARMS):
-        points = paired(runs[data, net], arm, lambda row: 100 * row["accuracy"])
-        mean, half = interval(points)
-        axis.plot(points, [row] * len(points), ".", color="gray", markersize=4)
-        axis.errorbar(mean, row, xerr=half, fmt="o", color=f"C{ARMS.index(arm)}", capsize=3)
-        labels.append(f"{data}, {net}, {arm}")
-    axis.axvline(0, color="gray", linewidth=0.8)
-    axis.set_yticks(range(len(labels)), labels)
-    axis.invert_yaxis()
-    axis.set_xlabel("test accuracy minus the plain net's, points")
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
-
-
-def plot_losses(runs: Runs, path: Path) -> None:
-    """The training loss minus the plain net's, smoothed, with the spread over the seeds."""
-    figure, axes = plt.subplots(2, (len(runs) + 1) // 2, figsize=(10, 5.5), squeeze=False, layout="constrained")
-    for axis, ((data, net), arms) in zip(axes.flat, runs.items(), strict=False):
-        for arm in ARMS:
-            seeds = sorted(arms["plain"].keys() & arms[arm].keys())
-            pairs = [np.subtract(arms[arm][seed]["losses"], arms["plain"][seed]["losses"]) for seed in seeds]
-            window = max(1, len(pairs[0]) // 25)
-            smooth = np.array([np.convolve(one, np.ones(window) / window, "valid") for one in pairs])
-            middle, spread = smooth.mean(0), smooth.std(0, ddof=1) / len(seeds) ** 0.5 if len(seeds) > 1 else 0
-            steps = np.arange(len(middle)) + window
-            (line,) = axis.plot(steps, middle, label=f"D_mul = {arm}")
-            axis.fill_between(steps, middle - spread, middle + spread, alpha=0.2, color=line.get_color(), linewidth=0)
-        axis.axhline(0, color="gray", linewidth=0.8)
-        axis.set_title(f"{data}, {net}", fontsize=10)
-    axes[0][0].legend(fontsize=8)
-    figure.supxlabel("step")
-    figure.supylabel("training loss minus the plain net's")
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+def read_gpu(path: Path) -> Results:
+    """The rows of benchmarks/gpu/study.py, if it ran on a card."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    rows = found.get("rows", []) if found.get("gpu") and not found["dry"] else []
+    return {Cell(*row["cell"]): row for row in rows}
 
 
 def main() -> None:
-    results, page = Path(sys.argv[1]), Path(sys.argv[2])
-    runs = read(results)
-    accuracy, losses = (page.with_name(f"{page.stem}_{what}.svg") for what in ("accuracy", "losses"))
-    matplotlib.rcParams["svg.hashsalt"] = "study"
-    plot_accuracy(runs, accuracy)
-    plot_losses(runs, losses)
-    pictures = [f"![test accuracy minus the plain net's]({accuracy.name})", f"![training loss]({losses.name})"]
-    page.write_text("\n".join([HEAD, verdict(runs), "", *table(runs), "", *pictures, ""]))
+    folder, page = Path(sys.argv[1]), Path(sys.argv[2])
+    results = {"cpu": read(folder / "study2.jsonl"), "gpu": read_gpu(folder / "gpu/study.json")}
+    lines = [HEAD, headline(verdicts(confirmatory("cpu"), results["cpu"])), ""]
+    for size, title in (("cpu", "## Second edition: both sides tuned"), ("gpu", "## Second edition, on a GPU")):
+        if results[size]:
+            lines += [title, "", *second_edition(results[size], size, page)]
+    if (folder / "study.jsonl").exists():
+        lines += first_page.section(folder / "study.jsonl", page)
+    page.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
