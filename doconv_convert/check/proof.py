@@ -15,6 +15,8 @@ from doconv_convert.check.onnxruntime_run import check_outputs, check_resized
 from doconv_convert.check.outputs.compare import ONNX_BOUND, Array
 from doconv_convert.check.outputs.expected import FoldRun, ReferenceRun
 from doconv_convert.check.status import Proof, Status
+from doconv_convert.check.twin.runtime import LooseOperators
+from doconv_convert.check.twin.status import Twin, check_twin, settled
 from doconv_convert.errors import DoconvError
 from doconv_convert.words import counted
 
@@ -26,22 +28,32 @@ def prove(
     fold: Status,
     resized: ReferenceRun | None = None,
     min_coverage: float = 0.0,
+    twin: Twin | None = None,
 ) -> Proof:
-    """Every check of one file; `resized` are the same models at other sizes of their dynamic dimensions."""
+    """Every check of one file; `resized` are the same models at other sizes of their dynamic dimensions, `twin` is the
+    network's export in float64."""
     fold, reference = with_function(fold, reference.fold), with_branches(reference, candidate)
     proof = Proof(str(candidate), [fold, check_graph(baseline, candidate)])
     status, count = check_macs(baseline, candidate, reference.inputs)
     proof.statuses.append(status)
     proof.macs, proof.count = count.total, count
+    exact, error = (None, 0.0) if twin is None else check_twin(twin, candidate, reference)
+    trusted = twin is not None and exact is not None and exact.state == "passed"
+    loose = LooseOperators(candidate, reference.inputs, twin.path if twin is not None and trusted else None)
     try:
-        status, proof.outputs = check_outputs(candidate, reference)
-    except DoconvError as error:
-        status = Status("outputs", "failed", str(error))
+        status, proof.outputs = check_outputs(candidate, reference, loose)
+    except DoconvError as error_of_outputs:
+        status = Status("outputs", "failed", str(error_of_outputs))
+    proof.loose = tuple(loose.found)
+    if exact is not None:
+        exact = settled(exact, error, status, proof.outputs)
+        proof.statuses.append(exact)
     proof.statuses.append(status)
     if resized is not None:
-        proof.statuses.append(check_resized(candidate, resized))
+        proof.statuses.append(check_resized(candidate, resized, loose))
     proof.sensitivity, proof.uncovered_reason = reference.sensitivity, reference.uncovered_reason
-    proof.statuses.append(check_coverage(reference, proof.state("graph"), fold.state, min_coverage))
+    twin_state = "not run" if exact is None else exact.state
+    proof.statuses.append(check_coverage(reference, proof.state("graph"), fold.state, min_coverage, twin_state))
     return proof
 
 

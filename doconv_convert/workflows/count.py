@@ -108,9 +108,10 @@ def count_source(
 
     def export(folder: str, flags: Flags, batch: int | None = None) -> Path:
         by_graph = bool(report.by_graph)
-        return export_baseline(
+        baseline, _ = export_baseline(
             Path(folder), opened.source, report.model, inputs, flags, batch=batch, fold_foreign=by_graph
         )
+        return baseline
 
     with tempfile.TemporaryDirectory() as folder:
         baseline = export(folder, Flags())

@@ -151,7 +151,7 @@ def _against_torch(candidate: Path, reference: Reference, progress: Progress) ->
     flags = reference.flags
     with tempfile.TemporaryDirectory() as folder:
         progress("exporting the original")
-        baseline = export_baseline(
+        baseline, twin = export_baseline(
             Path(folder),
             opened.source,
             folded,
@@ -159,6 +159,7 @@ def _against_torch(candidate: Path, reference: Reference, progress: Progress) ->
             reference.flags,
             fold_foreign=by_graph,
             constant_kernels=constant,
+            with_twin=has_weights,
         )
         if not has_weights:
             return _without_weights(candidate, baseline, [t.numpy() for t in inputs.tensors(inputs.export_batch)])
@@ -166,7 +167,7 @@ def _against_torch(candidate: Path, reference: Reference, progress: Progress) ->
         batch = inputs.proof_batch if is_dynamic(baseline) else inputs.export_batch
         side, resized = reference_runs(opened.model, folded, inputs, batch, flags, device, constant_kernels=constant)
         status = fold_status(recipe_sites(opened.model), report)
-        proof = prove(candidate, baseline, side, status, resized, reference.min_coverage)
+        proof = prove(candidate, baseline, side, status, resized, reference.min_coverage, twin)
     proof.layers = layers
     return proof
 

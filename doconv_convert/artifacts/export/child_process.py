@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,11 +103,14 @@ def _export(job: ExportJob) -> ExportReport:
     import torch
 
     from doconv_convert.artifacts.export.exporter import export_onnx
+    from doconv_convert.artifacts.export.twin import export_twin
 
     dtype = getattr(torch, job.dtype)
     model = _model(job).to(dtype)
-    inputs = [array.to(dtype) if array.is_floating_point() else array for array in _arrays(job.inputs_file)]
-    return export_onnx(model, (inputs,) if job.image_list else tuple(inputs), job.path, **vars(job.flags))
+    arrays = [array.to(dtype) if array.is_floating_point() else array for array in _arrays(job.inputs_file)]
+    inputs = (arrays,) if job.image_list else tuple(arrays)
+    report = export_onnx(model, inputs, job.path, **vars(job.flags))
+    return report if job.twin is None else replace(report, no_twin=export_twin(model, inputs, job.twin, job.flags))
 
 
 def _model(job: ExportJob) -> nn.Module:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from doconv_convert.artifacts.export import onnx_file
+from doconv_convert.artifacts.export.after_export import name_by_key, restore_numbers
 from doconv_convert.artifacts.sources.inputs import forward_names
 from doconv_convert.errors import DoconvError, UsageError
 from doconv_convert.files import check_writable
@@ -40,7 +41,8 @@ BATCH = "batch"
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What the saved file says of itself. A dynamic dimension is its name, '?' where it has none."""
+    """What the saved file says of itself. A dynamic dimension is its name, '?' where it has none. `no_twin` is why
+    there is no float64 twin of it, where one was asked for (`twin.py`)."""
 
     path: str
     opset: int
@@ -49,6 +51,7 @@ class ExportReport:
     exporter: Exporter
     dynamic_batch: bool
     external_data: bool
+    no_twin: str | None = None
 
 
 def export_onnx(
@@ -79,7 +82,7 @@ def export_onnx(
     tensors = _named_tensors(module, example_inputs, input_names)
     asked = _asked_axes(tensors, dynamic)
     with _evaluating(module), _quiet(), torch.no_grad():
-        if _is_or_holds_a_detector(module):
+        if is_or_holds_a_detector(module):
             logger.info("%s is or holds a detector of torchvision: TorchScript's exporter", type(module).__name__)
             exporter: Exporter = "torchscript"
             batch_axes: dict[str, Axes] = {}
@@ -127,8 +130,11 @@ def _dynamo(
         )
         if program is None:
             raise DoconvError("the exporter returned no model; update torch")
-        if output_names is None and program.exported_program is not None:
-            _name_by_key(program.model, program.exported_program.call_spec.out_spec)
+        traced = program.exported_program
+        if output_names is None and traced is not None:
+            name_by_key(program.model, traced.call_spec.out_spec)
+        if traced is not None and torch.get_default_dtype() == torch.float64:
+            restore_numbers(program.model, traced.graph)
         return program.model
 
     try:
@@ -143,25 +149,6 @@ def _dynamo(
         return run(asked)
     except Exception as error:
         raise _cannot_export(module, error) from error
-
-
-def _name_by_key(model: ir.Model, structure: pytree.TreeSpec | None) -> None:
-    """Outputs that the model returns in a dict are named by their keys, which say more than an operator's name."""
-    outputs = model.graph.outputs
-    if structure is None or structure.num_leaves != len(outputs):
-        return
-    taken = {value.name for value in model.graph.inputs} | {
-        value.name for node in model.graph for value in node.outputs
-    }
-    try:
-        paths = pytree.tree_flatten_with_path(pytree.tree_unflatten(outputs, structure))[0]
-    except ValueError:  # paths are optional for classes that a library registers
-        return
-    for path, value in paths:
-        name = "_".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in path)
-        if path and isinstance(path[0], pytree.MappingKey) and value.producer() and name not in taken:
-            value.name = name
-            taken.add(name)
 
 
 def _torchscript(
@@ -254,7 +241,7 @@ def _require(model: ir.Model, opset: int | None, asked: Mapping[str, Axes]) -> N
                 )
 
 
-def _is_or_holds_a_detector(module: nn.Module) -> bool:
+def is_or_holds_a_detector(module: nn.Module) -> bool:
     from torchvision.models import detection  # type: ignore[import-untyped]
 
     detectors = (detection.generalized_rcnn.GeneralizedRCNN, detection.RetinaNet, detection.FCOS, detection.ssd.SSD)

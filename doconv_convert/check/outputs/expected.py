@@ -28,7 +28,11 @@ class ReferenceRun:
     `detections` are the outputs that belong together (`detection_groups`). `alone` runs the first n samples in
     float64, by themselves; `alone_is_cheap` unless it reads the weights again. `uncovered_reason` are unseen kernels
     whose gradient is cut or zero, with what changes of their own size tell of them (`coverage.why_uncovered`). `fold`
-    is what was seen of the fold itself."""
+    is what was seen of the fold itself.
+
+    `shipped` are float64 outputs too, of the network with the weights that are shipped, correctly rounded kernels;
+    empty where memory is short. `sharp` is the sensitivity of those outputs, in units of TWIN_BOUND, by kernels that
+    `truth`'s bounds do not let show."""
 
     inputs: Sequence[Array]
     truth: Sequence[Array]
@@ -40,3 +44,5 @@ class ReferenceRun:
     alone_is_cheap: bool = True
     uncovered_reason: Mapping[str, str] = field(default_factory=dict)
     fold: FoldRun | None = None
+    shipped: Sequence[Array] = ()
+    sharp: Mapping[str, float] = field(default_factory=dict)

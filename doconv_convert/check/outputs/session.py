@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,25 +21,25 @@ _SMALL = 64  # elements
 
 
 class OnnxSession:
-    """A file in onnxruntime on the CPU, as it is or, `precise`, with sums and sigmoids in float64 (`in_float64`).
+    """A file in onnxruntime on the CPU, as it is or with the operators `wide` in float64 (`in_float64`).
 
     Raises DoconvError where it cannot be loaded, or `run` cannot run it.
     """
 
-    def __init__(self, path: Path, *, optimize: bool = True, precise: bool = False) -> None:
+    def __init__(self, path: Path, *, optimize: bool = True, wide: Collection[str] = ()) -> None:
         import onnxruntime
 
         onnxruntime.set_default_logger_severity(4)
-        self.path, self.precise = path, precise
+        self.path, self.wide = path, wide
         options = onnxruntime.SessionOptions()
         # Waiting threads would take the cores from the exports and rehearsals that run beside this.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if not optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         model: str | bytes = str(path)
-        if precise:
+        if wide:
             folder = str(path.parent.absolute())
-            model = _with_small_tensors(in_float64(read_model(path)), folder).SerializeToString()
+            model = _with_small_tensors(in_float64(read_model(path), wide), folder).SerializeToString()
             options.add_session_config_entry(_DATA_FOLDER, folder)
         try:
             self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
