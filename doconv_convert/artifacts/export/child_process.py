@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from functools import cache
 from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,6 +91,8 @@ def _prepare() -> Callable[[Any], dict[str, Any]]:
     """The child: an expected error is an answer too."""
     import doconv_convert.artifacts.export.exporter  # noqa: F401 (takes seconds)
 
+    _keep_operator_table()
+
     def answer(job: Any) -> dict[str, Any]:
         try:
             return {"report": asdict(_export(ExportJob.from_json(job)))}
@@ -97,6 +100,14 @@ def _prepare() -> Callable[[Any], dict[str, Any]]:
             return {"usage" if isinstance(error, UsageError) else "error": str(error)}
 
     return answer
+
+
+def _keep_operator_table() -> None:
+    """torch's exporter reads the source of its 500 operators anew for every export, a second each: once will do."""
+    with suppress(ImportError, AttributeError):  # no public name: another version of torch may not have it
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        ONNXRegistry.from_torchlib = staticmethod(cache(ONNXRegistry.from_torchlib))  # type: ignore[method-assign]
 
 
 def _export(job: ExportJob) -> ExportReport:
