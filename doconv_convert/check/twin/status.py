@@ -12,7 +12,7 @@ from doconv_convert.check.onnx_files.model import read_model
 from doconv_convert.check.outputs.compare import TWIN_BOUND, Array, OutputCheck, relative_error
 from doconv_convert.check.outputs.detections import in_order_of
 from doconv_convert.check.outputs.expected import ReferenceRun
-from doconv_convert.check.status import Status
+from doconv_convert.check.status import State, Status
 from doconv_convert.check.twin.compare import Rounding, compare_twin
 from doconv_convert.check.twin.evaluate import evaluate, widened
 from doconv_convert.errors import DoconvError
@@ -29,15 +29,18 @@ class Twin:
     missing: str = ""
 
 
-def check_twin(twin: Twin, candidate: Path, reference: ReferenceRun) -> tuple[Status, float]:
+def check_twin(twin: Twin, candidate: Path, reference: ReferenceRun, graph: State) -> tuple[Status, float]:
     """The twin is the candidate's graph, and computes in float64 what torch does with the shipped weights: the status,
-    and the largest relative error of an output."""
+    and the largest relative error of an output. Where the candidate is not what was exported (`graph` failed), another
+    graph than the twin's is its fault."""
     if twin.path is None:
         return Status(NAME, "not run", twin.missing), 0.0
     if not reference.shipped:
         return Status(NAME, "not run", "there is no float64 run of the shipped weights to compare it with"), 0.0
     try:
         differences, rounding = compare_twin(twin.path, candidate)
+        if differences and graph == "failed":
+            return Status(NAME, "failed", "the graph differs from its float64 twin's", differences), 0.0
         if differences:
             return Status(NAME, "not run", "in float64 the exporter writes another graph", differences), 0.0
         got = evaluate(widened(read_model(twin.path)), reference.inputs)
