@@ -3,7 +3,8 @@
     python benchmarks/evidence/mutations.py [--nets NAME ...] [--seed 0] [--json docs/data/mutations.json] [--resume]
 
 Each net is converted, randomized and calibrated (as `rehearse` does) and exported once, and once in float64 (the twin);
-a fault is an edit of the ONNX file, one run of the proof with the twin and one without. docs/make/mutations_table.py makes the page of them.
+a fault is an edit of the ONNX file, one run of the proof with the twin and one without. docs/make/mutations_table.py
+makes the page of them.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -15,6 +14,7 @@ from support import inexact_session, randomize_and_calibrate, varied_images
 from torch import Tensor, nn
 
 from doconv_convert import fold, to_doconv
+from doconv_convert.artifacts.export import twin as export_twin_module
 from doconv_convert.artifacts.export.exporter import export_onnx
 from doconv_convert.artifacts.export.job import Flags
 from doconv_convert.artifacts.export.twin import export_twin
@@ -252,3 +252,21 @@ def test_reruns_use_the_same_operators(exported: Exported, monkeypatch: pytest.M
     for module in (onnxruntime_run, reruns):
         monkeypatch.setattr(module, "OnnxSession", inexact_session(2e-5, lambda session: bool(session.wide)))
     assert exported.prove().state("outputs") == "failed"
+
+
+def test_there_is_no_twin_of_what_torchscript_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export_twin_module, "is_or_holds_a_detector", lambda module: True)
+    missing = export_twin(nn.Conv2d(3, 4, 3), (IMAGES,), tmp_path / "twin.onnx", Flags())
+    assert missing is not None
+    assert "TorchScript" in missing
+    assert not (tmp_path / "twin.onnx").exists()
+
+
+def test_a_network_that_does_not_export_in_float64_says_why(tmp_path: Path) -> None:
+    class Narrow(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.conv2d(x, torch.ones(4, 3, 3, 3, dtype=torch.float32))
+
+    missing = export_twin(Narrow(), (IMAGES,), tmp_path / "twin.onnx", Flags())
+    assert missing is not None
+    assert missing.startswith("the network cannot be exported in float64: 'Narrow'")
