@@ -78,21 +78,19 @@ def _holds_doubles(model: ModelProto) -> bool:
 
 
 def _narrowed(model: ModelProto) -> ModelProto:
-    """A copy that says float32 wherever it said float64, its tensors rounded."""
-    copy = ModelProto()
-    copy.CopyFrom(model)
-    for graph in all_graphs(copy.graph):
+    """The model itself, which says float32 wherever it said float64 then, its tensors rounded."""
+    for graph in all_graphs(model.graph):
         for value in (*graph.input, *graph.output, *graph.value_info):
             _narrow_type(value.type)
         for tensor in graph.initializer:
             _narrow_tensor(tensor)
-    for node in all_nodes(copy.graph):
+    for node in all_nodes(model.graph):
         for attribute in node.attribute:
             if attribute.type == AttributeProto.TENSOR:
                 _narrow_tensor(attribute.t)
             elif attribute.name in ("to", "dtype", "output_dtype") and attribute.i == TensorProto.DOUBLE:
                 attribute.i = TensorProto.FLOAT
-    return copy
+    return model
 
 
 def _narrow_type(value: TypeProto) -> None:

@@ -21,6 +21,8 @@ from doconv_convert.errors import DoconvError
 
 Run = Callable[[Sequence[Any]], list[Any]]
 Visit = Callable[[int, Sequence[Any], Run], None]
+# How onnx's reference computes operators that are of no use here: GridSample's coordinates are float32 inside.
+UNFIT = {"GridSample": "in float32", "DeformConv": "one number at a time", "RoiAlign": "one number at a time"}
 _NARROW = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
@@ -52,7 +54,13 @@ def evaluate(model: ModelProto, inputs: Sequence[Array], visit: Visit | None = N
     return [np.asarray(values[value.name]) for value in graph.output]
 
 
+def _not_evaluated(node: NodeProto, how: str) -> DoconvError:
+    return DoconvError(f"onnx's reference evaluator computes the node '{node.name}' ({node.op_type}) {how}")
+
+
 def _run(node: NodeProto, runs: Any, context: Mapping[str, Any], inputs: Sequence[Any]) -> list[Any]:
+    if node.op_type in UNFIT:
+        raise _not_evaluated(node, UNFIT[node.op_type])
     try:
         with np.errstate(all="ignore"):
             made = runs.run(*inputs, context=context) if runs.need_context() else runs.run(*inputs)
@@ -60,24 +68,24 @@ def _run(node: NodeProto, runs: Any, context: Mapping[str, Any], inputs: Sequenc
         raise DoconvError(
             f"onnx's reference evaluator cannot run the node '{node.name}' ({node.op_type}): {_said(error)}"
         ) from error
+    if any(map(_is_narrow, made)) and not any(map(_is_narrow, inputs)):
+        raise _not_evaluated(node, "in float32")
     return [_wide(value) for value in made]
 
 
 def widened(model: ModelProto) -> ModelProto:
-    """A copy whose float tensors are float64, and whose nodes make no narrower ones."""
-    copy = ModelProto()
-    copy.CopyFrom(model)
-    for node in all_nodes(copy.graph):
+    """The model itself, its float tensors made float64, and its nodes to make no narrower ones."""
+    for node in all_nodes(model.graph):
         for attribute in node.attribute:
             if attribute.type == AttributeProto.TENSOR:
                 _widen_tensor(attribute.t)
             elif attribute.name in ("to", "dtype", "output_dtype") and attribute.i in _NARROW:
                 attribute.i = TensorProto.DOUBLE
-    for graph in all_graphs(copy.graph):
+    for graph in all_graphs(model.graph):
         for tensor in graph.initializer:
             _widen_tensor(tensor)
         del graph.value_info[:]
-    return copy
+    return model
 
 
 def _widen_tensor(tensor: TensorProto) -> None:
@@ -85,9 +93,12 @@ def _widen_tensor(tensor: TensorProto) -> None:
         tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float64), tensor.name))
 
 
+def _is_narrow(value: Any) -> bool:
+    return isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "fV" and value.dtype != np.float64
+
+
 def _wide(value: Any) -> Any:
-    narrow = isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "fV" and value.dtype != np.float64
-    return value.astype(np.float64) if narrow else value
+    return value.astype(np.float64) if _is_narrow(value) else value
 
 
 def all_graphs(graph: GraphProto) -> Iterator[GraphProto]:

@@ -28,6 +28,7 @@ from doconv_convert.check.status import Proof, Status
 from doconv_convert.check.torch_runs.reference_run import reference_run
 from doconv_convert.check.twin.evaluate import evaluate, meant, widened
 from doconv_convert.check.twin.status import Twin, check_twin, settled
+from doconv_convert.errors import DoconvError
 
 FOLDED = Status("fold", "passed", "kernels agree")
 IMAGES = varied_images(3, 3, 24, 24, seed=5)  # no power of two: onnxruntime's DFT is off
@@ -218,6 +219,14 @@ def test_narrow_values_stay_wide() -> None:
     (got,) = evaluate(widened(model), [np.array([1 / 7])])
     assert got.dtype == np.float64
     assert got[0] == 1 / 7 + float(np.float32(1 / 3))
+
+
+def test_an_operator_that_the_reference_computes_in_float32_is_named() -> None:
+    ports = [helper.make_tensor_value_info(name, TensorProto.DOUBLE, None) for name in ("x", "grid", "y")]
+    node = helper.make_node("GridSample", ["x", "grid"], ["y"], name="warp")
+    model = helper.make_model(helper.make_graph([node], "g", ports[:2], ports[2:]))
+    with pytest.raises(DoconvError, match="computes the node 'warp' \\(GridSample\\) in float32"):
+        evaluate(widened(model), [np.zeros((1, 1, 4, 4)), np.zeros((1, 2, 2, 2))])
 
 
 def test_coverage_is_asked_of_the_twin() -> None:
