@@ -70,7 +70,7 @@ NETS: dict[str, str | None] = {
     "resnext50_32x4d": None,
     "ssdlite320_mobilenet_v3_large": None,
     "fasterrcnn_mobilenet_v3_large_320_fpn": None,
-    "fourier": "1,3,24,24",  # where onnxruntime's DFT is worse than float32
+    "fourier": "1,3,96,96",  # where onnxruntime's DFT is worse than float32
 }
 
 

@@ -21,7 +21,7 @@ from doconv_convert.artifacts.sources.inputs import Inputs
 from doconv_convert.artifacts.sources.source import Source
 from doconv_convert.check.onnx_files.model import onnx_input_shapes
 from doconv_convert.check.outputs.expected import ReferenceRun
-from doconv_convert.check.torch_runs.memory import is_large, release_weights, restore_weights
+from doconv_convert.check.torch_runs.memory import has_twin, is_large, release_weights, restore_weights
 from doconv_convert.check.torch_runs.reference_run import reference_run, resized_reference_run
 from doconv_convert.check.twin.status import Twin
 from doconv_convert.workflows.trained_model import TrainedCheckpoint, fold_trained, load_again
@@ -72,7 +72,7 @@ def export_baseline(
     state, sample, baseline = folder / "plain.safetensors", folder / "inputs.npz", folder / "baseline.onnx"
     save(folded, state)
     write_inputs(sample, inputs.tensors(batch or inputs.export_batch))
-    twin = folder / "twin.onnx" if with_twin and not is_large(folded) else None
+    twin = folder / "twin.onnx" if with_twin and has_twin(folded) else None
     job = export_job(source, state, sample, baseline, flags, inputs, twin=twin)
     (report,) = export_in_child([replace(job, fold_foreign=fold_foreign, constant_kernels=constant_kernels)])
     return baseline, twin_of(job, report)

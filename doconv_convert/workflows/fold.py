@@ -30,7 +30,7 @@ from doconv_convert.check.proof import prove
 from doconv_convert.check.status import Proof
 from doconv_convert.check.torch_runs.device import find_device
 from doconv_convert.check.torch_runs.exact_start import run_in_eval
-from doconv_convert.check.torch_runs.memory import is_large
+from doconv_convert.check.torch_runs.memory import has_twin, is_large
 from doconv_convert.errors import DoconvError, UsageError
 from doconv_convert.files import check_writable, temporary_beside
 from doconv_convert.workflows.exports import export_and_run, export_job, threads_beside, twin_of, write_inputs
@@ -136,7 +136,7 @@ def fold_and_prove(
         flags = flags or Flags()
         jobs = [export_job(loaded.source, state, sample, candidate, flags, inputs, loaded)]
         if verify:
-            in_float64 = None if is_large(loaded.trained) else workspace / "twin.onnx"
+            in_float64 = workspace / "twin.onnx" if has_twin(folded.model) else None
             job = export_job(loaded.source, state, sample, baseline, flags, inputs, twin=in_float64)
             jobs.append(replace(job, fold_foreign=bool(folded.by_graph), constant_kernels=loaded.constant_kernels))
         progress("exporting")

@@ -33,7 +33,7 @@ from doconv_convert.check.torch_runs.float64 import (
     run_inputs,
     widened,
 )
-from doconv_convert.check.torch_runs.memory import release_weights, return_freed
+from doconv_convert.check.torch_runs.memory import has_twin, release_weights, return_freed
 from doconv_convert.check.torch_runs.same_function import run_in_float64
 from doconv_convert.errors import DoconvError, UsageError
 from doconv_convert.rewrite.discover import discover
@@ -187,7 +187,7 @@ def _run_both(
         release_weights(trained)
     return_freed()
     kernels = _float32_kernels(folded, paths)
-    shipped: Sequence[Tensor] = run_float64(folded, narrow) if exact and not spend else ()
+    shipped: Sequence[Tensor] = run_float64(folded, narrow) if exact and has_twin(folded) else ()
     if half:
         truth = list(shipped) or run_float64(folded, narrow)
     with full_precision():
