@@ -26,13 +26,13 @@ class LooseOperators:
 
     def __init__(self, candidate: Path, inputs: Sequence[Array], twin: Path | None) -> None:
         self._candidate, self._inputs, self._twin = candidate, inputs, twin
-        self.found: Mapping[str, float] = {}
+        self._asked, self.found = False, dict[str, float]()
 
     def __call__(self) -> Mapping[str, float | None]:
         if self._twin is None:
             return known_loose()
-        if not self.found:
-            self.found = loose_operators(self._twin, self._candidate, self._inputs)
+        if not self._asked:
+            self._asked, self.found = True, loose_operators(self._twin, self._candidate, self._inputs)
         return self.found
 
 

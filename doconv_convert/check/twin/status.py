@@ -35,6 +35,8 @@ def check_twin(twin: Twin, candidate: Path, reference: ReferenceRun, graph: Stat
     graph than the twin's is its fault."""
     if twin.path is None:
         return Status(NAME, "not run", twin.missing), 0.0
+    if reference.fold is not None and reference.fold.random is not None:
+        return Status(NAME, "not run", "the network is not deterministic in eval mode"), 0.0
     if not reference.shipped:
         return Status(NAME, "not run", "there is no float64 run of the shipped weights to compare it with"), 0.0
     try:

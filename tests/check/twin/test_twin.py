@@ -22,7 +22,7 @@ from doconv_convert.check import onnxruntime_run
 from doconv_convert.check.coverage import check_coverage
 from doconv_convert.check.outputs import reruns
 from doconv_convert.check.outputs.compare import COVERED_ABOVE, TWIN_BOUND
-from doconv_convert.check.outputs.expected import ReferenceRun
+from doconv_convert.check.outputs.expected import FoldRun, ReferenceRun
 from doconv_convert.check.proof import prove
 from doconv_convert.check.status import Proof, Status
 from doconv_convert.check.torch_runs.reference_run import reference_run
@@ -172,6 +172,7 @@ def test_what_cannot_be_had_is_not_run_and_blocks_nothing(exported: Exported) ->
     for twin, reference, told in (
         (Twin(None, "because"), exported.reference, "because"),
         (Twin(exported.twin), replace(exported.reference, shipped=()), "no float64 run"),
+        (Twin(exported.twin), replace(exported.reference, fold=FoldRun(random="it draws")), "not deterministic"),
     ):
         status, _ = check_twin(twin, exported.candidate, reference, "passed")
         assert status.state == "not run"
