@@ -33,7 +33,7 @@ def prove(
     """Every check of one file; `resized` are the same models at other sizes of their dynamic dimensions, `twin` is the
     network's export in float64."""
     fold, reference = with_function(fold, reference.fold), with_branches(reference, candidate)
-    proof = Proof(str(candidate), [fold, check_graph(baseline, candidate)])
+    proof = Proof(str(candidate), [fold, check_graph(baseline, candidate)], compared=reference.compared)
     status, count = check_macs(baseline, candidate, reference.inputs)
     proof.statuses.append(status)
     proof.macs, proof.count = count.total, count

@@ -59,7 +59,9 @@ def fold(
     # The exporting processes import torch while this one does too, and folds.
     children = 0 if onnx is None else 1 if no_verify else 2
     as_json, github = o.chosen_format(form, as_json, onnx or checkpoint)
-    with output(as_json, quiet, debug, _STEPS, github=github) as shown, waiting_children(children) as waiting:
+    files = (checkpoint, model, out, onnx, input_file, report, onnx and onnx.with_suffix(".certificate.json"))
+    said = output(as_json, quiet, debug, _STEPS, github=github, files=files)
+    with said as shown, waiting_children(children) as waiting:
         o.check_report(report, checkpoint, out, onnx)
         from doconv_convert.workflows.fold_request import FoldRequest
 

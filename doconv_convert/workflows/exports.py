@@ -22,8 +22,8 @@ from doconv_convert.artifacts.sources.source import Source
 from doconv_convert.check.onnx_files.model import onnx_input_shapes
 from doconv_convert.check.outputs.expected import ReferenceRun
 from doconv_convert.check.torch_runs.memory import has_twin, is_large, release_weights, restore_weights
-from doconv_convert.check.torch_runs.reference_run import reference_run, resized_reference_run
-from doconv_convert.check.twin.status import Twin
+from doconv_convert.check.torch_runs.reference_run import further_runs, reference_run, resized_reference_run
+from doconv_convert.check.twin.status import TOO_LARGE, Twin
 from doconv_convert.workflows.trained_model import TrainedCheckpoint, fold_trained, load_again
 
 Sides = tuple[ReferenceRun, ReferenceRun | None]
@@ -81,7 +81,7 @@ def export_baseline(
 def twin_of(job: ExportJob, report: ExportReport) -> Twin:
     """The float64 twin that an export was asked for, or why there is none."""
     if job.twin is None:
-        return Twin(None, "its weights are large, and in float64 they are twice that")
+        return Twin(None, TOO_LARGE)
     return Twin(job.twin) if report.no_twin is None else Twin(None, report.no_twin)
 
 
@@ -172,7 +172,9 @@ def reference_runs(
     )
     arguments = inputs.arguments(batch)
     reference = reference_run(trained, folded, arguments, batch, device, constant_kernels=constant, spend=spend)
-    return reference, resized
+    chunks = inputs.further(batch, filled=batch == inputs.export_batch)
+    further = further_runs(folded, ((more.arguments(size), size) for more, size in chunks), device)
+    return replace(reference, further=further, compared=inputs.describe(batch)), resized
 
 
 @contextmanager

@@ -24,11 +24,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from doconv_convert.artifacts.export import onnx_file
-from doconv_convert.artifacts.export.after_export import name_by_key, restore_numbers
+from doconv_convert.artifacts.export.output_names import name_by_key, own_outputs, plain_outputs
+from doconv_convert.artifacts.export.python_numbers import restore_numbers
 from doconv_convert.artifacts.sources.inputs import forward_names
 from doconv_convert.errors import DoconvError, UsageError
 from doconv_convert.files import check_writable
 from doconv_convert.rewrite.tracing import set_eval_mode
+from doconv_convert.words import listed
 
 Exporter = Literal["dynamo", "torchscript"]
 Axes = dict[int, str]
@@ -130,6 +132,7 @@ def _dynamo(
         )
         if program is None:
             raise DoconvError("the exporter returned no model; update torch")
+        own_outputs(program.model)
         traced = program.exported_program
         if output_names is None and traced is not None:
             name_by_key(program.model, traced.call_spec.out_spec)
@@ -141,14 +144,14 @@ def _dynamo(
         return run({name: batch_axes.get(name, {}) | asked.get(name, {}) for name in tensors})
     except Exception as error:
         if not batch_axes:
-            raise _cannot_export(module, error) from error
+            raise _cannot_export(module, inputs, error) from error
         failed = f"{type(error).__name__}: {error}"
     logger.info("the export with a dynamic batch failed (%s): once more with a static one", failed)
     # whether the dynamic batch was to blame, a static export shows better than any reading of messages
     try:
         return run(asked)
     except Exception as error:
-        raise _cannot_export(module, error) from error
+        raise _cannot_export(module, inputs, error) from error
 
 
 def _torchscript(
@@ -173,7 +176,7 @@ def _torchscript(
             verbose=False,
         )
     except Exception as error:
-        raise _cannot_export(module, error) from error
+        raise _cannot_export(module, inputs, error) from error
     return ir.from_proto(onnx.load_from_string(file.getvalue()))
 
 
@@ -248,7 +251,13 @@ def is_or_holds_a_detector(module: nn.Module) -> bool:
     return any(isinstance(part, detectors) for part in module.modules())
 
 
-def _cannot_export(module: nn.Module, error: BaseException) -> DoconvError:
+def _cannot_export(module: nn.Module, inputs: tuple[Any, ...], error: BaseException) -> DoconvError:
+    plain = plain_outputs(module, inputs)
+    if plain:
+        return DoconvError(
+            f"'{type(module).__name__}' cannot be exported to ONNX: {listed(plain)} among its outputs; ONNX has "
+            "tensors only: return those alone"
+        )
     while error.__cause__ is not None:
         error = error.__cause__
     reason = textwrap.shorten(f"{type(error).__name__}: {error}", 400)

@@ -19,6 +19,7 @@ from doconv_convert.errors import DoconvError
 from doconv_convert.words import counted
 
 NAME = "twin"
+TOO_LARGE = "its weights are large, and in float64 they are twice that"
 
 
 @dataclass(frozen=True)

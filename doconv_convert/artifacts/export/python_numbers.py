@@ -1,4 +1,4 @@
-"""What torch's exporter leaves out: outputs named by their keys; Python's numbers, where a model is float64."""
+"""Python's numbers in a float64 export, which torch's exporter rounds to float32 on their way into the file."""
 
 from __future__ import annotations
 
@@ -8,25 +8,6 @@ import numpy as np
 import onnx_ir as ir
 from torch import fx
 from torch.utils import _pytree as pytree
-
-
-def name_by_key(model: ir.Model, structure: pytree.TreeSpec | None) -> None:
-    """Outputs that the model returns in a dict are named by their keys, which say more than an operator's name."""
-    outputs = model.graph.outputs
-    if structure is None or structure.num_leaves != len(outputs):
-        return
-    taken = {value.name for value in model.graph.inputs} | {
-        value.name for node in model.graph for value in node.outputs
-    }
-    try:
-        paths = pytree.tree_flatten_with_path(pytree.tree_unflatten(outputs, structure))[0]
-    except ValueError:  # paths are optional for classes that a library registers
-        return
-    for path, value in paths:
-        name = "_".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in path)
-        if path and isinstance(path[0], pytree.MappingKey) and value.producer() and name not in taken:
-            value.name = name
-            taken.add(name)
 
 
 def restore_numbers(model: ir.Model, graph: fx.Graph) -> None:
