@@ -66,7 +66,7 @@ def test_a_trained_model_is_proven_and_stays_as_it_is(made: Any, trained: nn.Mod
     assert trained.first.D.abs().sum() > 0  # type: ignore[union-attr, operator]
     assert not hasattr(made.model.first, "D")
     assert names(made.certificate.parent) == ["net.certificate.json", "net.onnx", "net.reference.npz"]
-    assert [status.name for status in made.proof.statuses] == ["fold", "graph", "macs", "outputs", "coverage"]
+    assert [status.name for status in made.proof.statuses] == ["fold", "graph", "macs", "twin", "outputs", "coverage"]
 
 
 def test_its_certificate_is_as_good_as_the_command_lines(made: Any) -> None:
