@@ -17,7 +17,7 @@ from doconv_convert.check.status import Proof, Status
 from doconv_convert.rewrite.fold import FoldReport
 from doconv_convert.rewrite.fold_kernels import FOLD_TOLERANCE
 from doconv_convert.rewrite.layer_stats import Layer, trained_layers
-from doconv_convert.words import counted
+from doconv_convert.words import counted, visible
 from doconv_convert.workflows.trained_model import TrainedCheckpoint
 
 
@@ -43,7 +43,11 @@ class FoldResult:
 
     def _repr_html_(self) -> str:
         """As a notebook shows it."""
-        return repr(self.written) if self.proof is None else self.proof._repr_html_()
+        from markupsafe import escape
+
+        if self.proof is not None:
+            return self.proof._repr_html_()
+        return escape(", ".join(visible(str(path)) for path in self.written))
 
     @property
     def proven(self) -> bool:
