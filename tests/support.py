@@ -25,7 +25,7 @@ SAMPLES = ("residual", "grouped", "functional", "tied", "control_flow", "digits"
 LEAST_SPREAD = 1e-2
 
 
-def inexact_session(error: float, where: Callable[[OnnxSession], bool] = lambda s: not s.precise) -> type[OnnxSession]:
+def inexact_session(error: float, where: Callable[[OnnxSession], bool] = lambda s: not s.wide) -> type[OnnxSession]:
     """An onnxruntime that is off by `error`, relative, in those sessions."""
 
     class Inexact(OnnxSession):

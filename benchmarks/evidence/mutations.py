@@ -2,8 +2,9 @@
 
     python benchmarks/evidence/mutations.py [--nets NAME ...] [--seed 0] [--json docs/data/mutations.json] [--resume]
 
-Each net is converted, randomized and calibrated (as `rehearse` does) and exported once; a fault is an edit of the ONNX
-file and one run of the proof. docs/make/mutations_table.py makes the page of them.
+Each net is converted, randomized and calibrated (as `rehearse` does) and exported once, and once in float64 (the twin);
+a fault is an edit of the ONNX file, one run of the proof with the twin and one without. docs/make/mutations_table.py
+makes the page of them.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from torch import nn
 from doconv_convert import to_doconv
 from doconv_convert.artifacts.checkpoints.recipe import recipe_sites
 from doconv_convert.artifacts.export.exporter import export_onnx
+from doconv_convert.artifacts.export.job import Flags
+from doconv_convert.artifacts.export.twin import export_twin
 from doconv_convert.artifacts.models import SourceModel, find_inputs
 from doconv_convert.artifacts.sources.inputs import Inputs, InputSpec
 from doconv_convert.artifacts.sources.source import Source, build, parse_source
@@ -37,6 +40,7 @@ from doconv_convert.check.outputs.expected import ReferenceRun
 from doconv_convert.check.proof import prove
 from doconv_convert.check.status import Status
 from doconv_convert.check.torch_runs.reference_run import reference_run
+from doconv_convert.check.twin.status import Twin
 from doconv_convert.errors import DoconvError
 from doconv_convert.nn.layers import fold_kernel
 from doconv_convert.nn.overlay import stored_kernels
@@ -51,6 +55,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CALIBRATION_BATCH = 4
 REAL = "mobilenet_v2 (ImageNet)"
 SAMPLES = ("residual", "grouped", "functional", "digits")
+OWN = {"fourier": f"{ROOT}/benchmarks/evidence/fourier.py:fourier"}
 # name: the input's shape where the usual one would only cost time
 NETS: dict[str, str | None] = {
     **dict.fromkeys(SAMPLES),
@@ -65,6 +70,7 @@ NETS: dict[str, str | None] = {
     "resnext50_32x4d": None,
     "ssdlite320_mobilenet_v3_large": None,
     "fasterrcnn_mobilenet_v3_large_320_fpn": None,
+    "fourier": "1,3,96,96",  # where onnxruntime's DFT is worse than float32
 }
 
 
@@ -79,11 +85,13 @@ class Case:
     reference: ReferenceRun
     fold: Status
     inputs: Inputs
+    twin: Twin
 
 
 def make_case(name: str, folder: Path, seed: int) -> Case:
     plain, shape = name.partition(" ")[0], NETS.get(name)
-    source = parse_source(f"{ROOT}/sample_models/{name}.py:{name}" if name in SAMPLES else f"torchvision:{plain}")
+    sample = f"{ROOT}/sample_models/{name}.py:{name}" if name in SAMPLES else OWN.get(name)
+    source = parse_source(sample or f"torchvision:{plain}")
     original = build(source, seed=seed).eval()
     inputs = find_inputs(SourceModel(original, source), [shape] if shape else [], None)
     assert inputs is not None
@@ -121,11 +129,15 @@ def exported(source: Source, trained: nn.Module, inputs: Inputs, folder: Path, s
     plain = build(source, seed=seed + 1).eval()
     plain.load_state_dict(folded.state_dict(), strict=True)
     candidate, baseline = folder / "candidate.onnx", folder / "baseline.onnx"
-    report = export_onnx(folded, inputs.arguments(inputs.export_batch), candidate)
-    export_onnx(plain, inputs.arguments(inputs.export_batch), baseline)
+    arguments = inputs.arguments(inputs.export_batch)
+    report = export_onnx(folded, arguments, candidate)
+    export_onnx(plain, arguments, baseline)
+    missing = export_twin(plain, arguments, folder / "twin.onnx", Flags())
+    twin = Twin(folder / "twin.onnx") if missing is None else Twin(None, missing)
     batch = inputs.proof_batch if report.dynamic_batch else inputs.export_batch
     reference = reference_run(trained, folded, inputs.arguments(batch), batch)
-    return Case(trained, folded, candidate, baseline, reference, fold_status(recipe_sites(trained), fold), inputs)
+    status = fold_status(recipe_sites(trained), fold)
+    return Case(trained, folded, candidate, baseline, reference, status, inputs, twin)
 
 
 def real_mobilenet(model: nn.Module) -> Inputs:
@@ -173,10 +185,11 @@ def swapped_rows(case: Case, model: onnx.ModelProto, places: dict[str, str]) -> 
         yield faults.replaced(initializers[factors.name], factors.name, value, fold=error > FOLD_TOLERANCE)
 
 
-def judge(case: Case, path: Path) -> tuple[list[str], float | None]:
-    """The checks that catch the file, and how far its outputs are off in units of their bounds."""
+def judge(case: Case, path: Path, *, twin: bool = True) -> tuple[list[str], float | None]:
+    """The checks that catch the file, with the `twin` or without, and how far its outputs are off in units of their
+    bounds."""
     try:
-        proof = prove(path, case.baseline, case.reference, case.fold)
+        proof = prove(path, case.baseline, case.reference, case.fold, twin=case.twin if twin else None)
     except DoconvError:
         return ["error"], None
     ratios = [check.error / check.bound for check in proof.outputs if check.bound]
@@ -191,11 +204,13 @@ def run_net(name: str, seed: int) -> dict[str, Any]:
         folder = Path(text)
         case = make_case(name, folder, seed)
         control = judge(case, case.candidate)
+        without: dict[str, Any] = {"control": judge(case, case.candidate, twin=False)[0], "missed": 0}
         rows: list[list[Any]] = []
         model, path = onnx.load(case.candidate), folder / "damaged.onnx"
         for fault in all_faults(case, model, seed):
             faults.write(model, fault, path)
             caught, ratio = judge(case, path)
+            without["missed"] += not (fault.fold or judge(case, path, twin=False)[0])
             sensitivity = case.reference.sensitivity.get(fault.kernel) if fault.kernel else None
             rows.append([fault.kind, fault.where, _short(sensitivity), ["fold"] * fault.fold + caught, _short(ratio)])
         path.unlink()
@@ -205,6 +220,7 @@ def run_net(name: str, seed: int) -> dict[str, Any]:
     return {
         "net": name,
         "control": control[0],
+        "without_twin": without,
         "kernels": len(case.reference.sensitivity),
         "not_in_file": missing,
         "rows": rows,

@@ -14,11 +14,20 @@ from doconv_convert.words import counted
 NOT_TAKEN = "it did not run; the file has branches, and these inputs take another branch"
 
 
-def check_coverage(reference: ReferenceRun, graph_state: State, fold_state: State, minimum: float = 0.0) -> Status:
-    """Which kernels the outputs would have betrayed; of those that run, at least the part `minimum` must be. The
-    others count as proven only by the per-site fold check together with equal initializer bytes."""
+def check_coverage(
+    reference: ReferenceRun,
+    graph_state: State,
+    fold_state: State,
+    minimum: float = 0.0,
+    twin_state: State = "not run",
+) -> Status:
+    """Which kernels the outputs would have betrayed, the twin's in float64 where it passed; of those that run, at least
+    the part `minimum` must be. The others count as proven only by the per-site fold check together with equal
+    initializer bytes."""
     runs = {name: value for name, value in reference.sensitivity.items() if value is not None}
-    blind = {name: value for name, value in runs.items() if not value > COVERED_ABOVE}
+    hidden = {name: value for name, value in runs.items() if not value > COVERED_ABOVE}
+    sharp = reference.sharp if twin_state == "passed" else {}
+    blind = {name: value for name, value in hidden.items() if not sharp.get(name, 0.0) > COVERED_ABOVE}
     training = [name for name in reference.sensitivity if name not in runs]
     if not reference.sensitivity:
         return Status("coverage", "passed", "the model has no convolution kernels to cover")
@@ -26,8 +35,10 @@ def check_coverage(reference: ReferenceRun, graph_state: State, fold_state: Stat
     detail = (
         f"a change of 0.1 % would show in the outputs for {seen} of {counted(len(reference.sensitivity), 'kernel')}"
     )
+    if len(hidden) > len(blind):
+        detail += f", for {len(hidden) - len(blind)} of these in float64 alone"
     findings = (
-        *(f"'{name}' moves them by {value:.2g} bounds{_cause(reference, name)}" for name, value in blind.items()),
+        *(f"'{name}' {_moves(value, sharp.get(name))}{_cause(reference, name)}" for name, value in blind.items()),
         *(f"'{name}' only runs in training" for name in training),
     )
     if runs and seen < minimum * len(runs):
@@ -53,6 +64,11 @@ def with_branches(reference: ReferenceRun, candidate: Path) -> ReferenceRun:
         sensitivity={**reference.sensitivity, **dict.fromkeys(unread, 0.0)},
         uncovered_reason=uncovered_reason,
     )
+
+
+def _moves(value: float, sharp: float | None) -> str:
+    """What float64 shows no movement of, moves nothing."""
+    return f"moves them by {value:.2g} bounds" if sharp is None else "moves nothing, in float64 either"
 
 
 def _cause(reference: ReferenceRun, name: str) -> str:

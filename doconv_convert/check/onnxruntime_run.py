@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -12,6 +12,7 @@ from doconv_convert.check.onnx_files.model import constant_outputs
 from doconv_convert.check.outputs.compare import FLOOR, ONNX_BOUND, OutputCheck, compare_outputs
 from doconv_convert.check.outputs.detections import in_order_of
 from doconv_convert.check.outputs.expected import ReferenceRun
+from doconv_convert.check.outputs.float64_copy import LOOSE
 from doconv_convert.check.outputs.reruns import other_runs
 from doconv_convert.check.outputs.session import OnnxSession
 from doconv_convert.check.status import Status
@@ -20,10 +21,16 @@ from doconv_convert.words import counted, listed
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
+# Operators that onnxruntime computes less exactly than float32 is, and how far it is off where that was found.
+Loose = Callable[[], Mapping[str, float | None]]
+
+
+def known_loose() -> dict[str, float | None]:
+    return dict.fromkeys(sorted(LOOSE))
 
 
 def check_outputs(
-    candidate: Path, reference: ReferenceRun, timeout: float | None = None
+    candidate: Path, reference: ReferenceRun, loose: Loose = known_loose, timeout: float | None = None
 ) -> tuple[Status, list[OutputCheck]]:
     """onnxruntime against the float64 run of the trained model; each run ends after `timeout` seconds."""
     if reference.fold is not None and reference.fold.random is not None:
@@ -33,37 +40,53 @@ def check_outputs(
         )
         return Status("outputs", "failed", detail, (reference.fold.random,)), []
 
-    def compare(precise: bool, floor: float) -> tuple[Status, list[OutputCheck]]:
-        return _compare(OnnxSession(candidate, precise=precise, timeout=timeout), reference, floor)
+    def compare(wide: Collection[str], floor: float) -> tuple[Status, list[OutputCheck]]:
+        return _compare(OnnxSession(candidate, wide=wide, timeout=timeout), reference, floor)
 
-    return retry_in_float64(compare)
+    return retry_in_float64(compare, loose)
 
 
-def check_resized(candidate: Path, reference: ReferenceRun, timeout: float | None = None) -> Status:
+def check_resized(
+    candidate: Path, reference: ReferenceRun, loose: Loose = known_loose, timeout: float | None = None
+) -> Status:
     """The outputs at other sizes than the traced ones."""
     shapes = ", ".join("x".join(map(str, array.shape)) for array in reference.inputs)
     try:
-        status, _ = check_outputs(candidate, reference, timeout)
+        status, _ = check_outputs(candidate, reference, loose, timeout)
     except DoconvError as error:
         return Status("other sizes", "failed", f"on inputs of {shapes}: {error}")
     return replace(status, name="other sizes", detail=f"on inputs of {shapes}: {status.detail}")
 
 
-def retry_in_float64(compare: Callable[[bool, float], tuple[Status, _T]]) -> tuple[Status, _T]:
-    """The status of a file's outputs, and what belongs to it. `compare` runs the file (precise, least bound).
+def retry_in_float64(
+    compare: Callable[[Collection[str], float], tuple[Status, _T]], loose: Loose = known_loose
+) -> tuple[Status, _T]:
+    """The status of a file's outputs, and what belongs to it. `compare` runs the file (operators in float64, least
+    bound).
 
-    Where values are off, onnxruntime's own sums and sigmoids may be why (`float64_copy.py`): then the file passes if
-    it does with those in float64, and without if it keeps to ONNX_BOUND.
+    Where values are off, onnxruntime's own operators may be why: then the file passes if it does with those that are
+    `loose` in float64, and without if it keeps to ONNX_BOUND.
     """
-    status, found = compare(False, FLOOR)
-    if status.state == "passed" or compare(False, ONNX_BOUND)[0].state == "failed":
+    status, found = compare((), FLOOR)
+    if status.state == "passed" or compare((), ONNX_BOUND)[0].state == "failed":
         return status, found
     logger.info("outputs are off in float32 (%s): once more in float64", "; ".join(status.findings[:3]))
-    precise, precise_found = compare(True, FLOOR)
+    operators = loose()
+    if not operators:
+        return status, found
+    precise, precise_found = compare(frozenset(operators), FLOOR)
     if precise.state == "failed":
         return status, found
-    why = f"sums and sigmoids computed in float64, since in float32 {'; '.join(status.findings[:3])}"
+    why = f"{describe_loose(operators)} computed in float64, since in float32 {'; '.join(status.findings[:3])}"
     return replace(precise, detail=f"{precise.detail}; {why}"), precise_found
+
+
+def describe_loose(operators: Mapping[str, float | None]) -> str:
+    """The operators that were found, and how far onnxruntime is off in one of them; of the known ones, their kinds."""
+    found = [f"{name} (off by {error:.1e})" for name, error in operators.items() if error]
+    found += [name for name, error in operators.items() if not error and name not in LOOSE]
+    known = any(name in LOOSE and not error for name, error in operators.items())
+    return " and ".join([*found, *(["sums and sigmoids"] if known else [])])
 
 
 def _compare(session: OnnxSession, reference: ReferenceRun, floor: float) -> tuple[Status, list[OutputCheck]]:

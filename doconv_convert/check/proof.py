@@ -18,6 +18,8 @@ from doconv_convert.check.onnxruntime_run import check_outputs, check_resized
 from doconv_convert.check.outputs.compare import ONNX_BOUND, Array
 from doconv_convert.check.outputs.expected import FoldRun, ReferenceRun
 from doconv_convert.check.status import Proof, Status
+from doconv_convert.check.twin.runtime import LooseOperators
+from doconv_convert.check.twin.status import Twin, check_twin, settled
 from doconv_convert.errors import DoconvError
 from doconv_convert.words import counted
 
@@ -30,23 +32,33 @@ def prove(
     resized: ReferenceRun | None = None,
     min_coverage: float = 0.0,
     timeout: float | None = None,
+    twin: Twin | None = None,
 ) -> Proof:
-    """Every check of one file; `resized` are the same models at other sizes of their dynamic dimensions. `timeout`
-    ends each run of a file that need not be ours."""
+    """Every check of one file; `resized` are the same models at other sizes of their dynamic dimensions, `twin` is the
+    network's export in float64. `timeout` ends each run of a file that need not be ours."""
     fold, reference = with_function(fold, reference.fold), with_branches(reference, candidate)
     proof = Proof(str(candidate), [fold, check_graph(baseline, candidate)], compared=reference.compared)
     status, count = check_macs(baseline, candidate, reference.inputs, ours=proof.state("graph") == "passed")
     proof.statuses.append(status)
     proof.macs, proof.count = count.total, count
+    exact, error = (None, 0.0) if twin is None else check_twin(twin, candidate, reference, proof.state("graph"))
+    # only what is the exported file, bit for bit, may be off by the runtime's own rounding
+    faithful = exact is not None and {exact.state, proof.state("graph")} == {"passed"}
+    loose = LooseOperators(candidate, reference.inputs, twin.path if twin is not None and faithful else None)
     try:
-        status, proof.outputs = check_outputs(candidate, reference, timeout)
-    except DoconvError as error:
-        status = Status("outputs", "failed", str(error))
+        status, proof.outputs = check_outputs(candidate, reference, loose, timeout)
+    except DoconvError as error_of_outputs:
+        status = Status("outputs", "failed", str(error_of_outputs))
+    proof.loose = tuple(loose.found)
+    if exact is not None:
+        exact = settled(exact, error, status, proof.outputs)
+        proof.statuses.append(exact)
     proof.statuses.append(status)
     if resized is not None:
-        proof.statuses.append(check_resized(candidate, resized, timeout))
+        proof.statuses.append(check_resized(candidate, resized, loose, timeout))
     proof.sensitivity, proof.uncovered_reason = reference.sensitivity, reference.uncovered_reason
-    proof.statuses.append(check_coverage(reference, proof.state("graph"), fold.state, min_coverage))
+    twin_state = "not run" if exact is None else exact.state
+    proof.statuses.append(check_coverage(reference, proof.state("graph"), fold.state, min_coverage, twin_state))
     return proof
 
 

@@ -41,7 +41,13 @@ _EXIT_CODES = {UsageError: EXIT_USAGE, CheckFailedError: EXIT_CHECK_FAILED, Doco
 _SHOWN_FINDINGS = 8
 _PACKAGE = "doconv_convert"
 _LEAST_WIDTH = 12
-_STYLES = {"passed": "green", "failed": "bold red", "not checked": "yellow", "equivalent": "yellow"}
+_STYLES = {
+    "passed": "green",
+    "failed": "bold red",
+    "not checked": "yellow",
+    "equivalent": "yellow",
+    "not run": "yellow",
+}
 
 
 class Format(str, Enum):

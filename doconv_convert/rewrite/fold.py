@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from doconv_convert.nn.factors import refuse_shards
 from doconv_convert.rewrite.convert import copy_model
+from doconv_convert.rewrite.fold_kernels import Rounding
 from doconv_convert.rewrite.foreign.authors import authors_sites, fold_authors
 from doconv_convert.rewrite.foreign.by_graph import Foreign, find_foreign, replace_foreign
 from doconv_convert.rewrite.passes import fold_kernels, kernel_factors
@@ -23,10 +24,11 @@ NO_D_TRAINED = "No D was trained: every D is exactly zero. Was the optimizer bui
 @dataclass
 class FoldReport:
     """The folded model, the names of the kernels composed in it, ours and those told by a file's keys (each passed the
-    per-site check), foreign layers folded by graph, and what the user should know."""
+    per-site check), how ours were rounded, foreign layers folded by graph, and what the user should know."""
 
     model: nn.Module
     folded: list[str] = field(default_factory=list)
+    rounding: Mapping[str, Rounding] = field(default_factory=dict)
     foreign: list[Foreign] = field(default_factory=list)
     notes: tuple[str, ...] = ()
 
@@ -41,7 +43,8 @@ def fold(
 ) -> nn.Module:
     """Fold every DO-Conv layer of `model` into an ordinary convolution (k = D^ W, arXiv 2006.12030).
 
-    Kernels are composed in float64 on the CPU, checked by feature composition to 1e-12, and cast once. A layer
+    Kernels are composed in float64 on the CPU, checked by feature composition to 1e-12, and rounded correctly: in a
+    float32 model every weight is the float32 number nearest to the exact product of D^ and W. A layer
     of another implementation, recognized by its traced graph and not by its names, becomes a plain convolution
     where its kernel is a pure function of its parameters. Folding a plain model changes nothing.
 
@@ -79,10 +82,10 @@ def fold_in_place(model: nn.Module, *, constant_kernels: bool = False, check_fir
     every_d = _every_d(model)
     units = fold_authors(model)
     foreign = find_foreign(model, constant_kernels)
-    folded, _ = fold_kernels(model, check_first)
+    rounding, _ = fold_kernels(model, check_first)
     replace_foreign(model, foreign)
     root = next((one.conv for one in foreign if one.name == "" and one.conv is not None), model)
-    return FoldReport(root, [*units, *folded], foreign, untrained_notes(every_d))
+    return FoldReport(root, [*units, *rounding], rounding, foreign, untrained_notes(every_d))
 
 
 def untrained_notes(every_d: Sequence[Tensor]) -> tuple[str, ...]:

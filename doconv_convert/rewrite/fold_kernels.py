@@ -1,4 +1,4 @@
-"""The fold of our own layers: compose in float64, check by the other composition, cast once, assign."""
+"""The fold of our own layers: compose in float64, check by the other composition, round correctly, assign."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from doconv_convert.nn.factors import read_factors
 from doconv_convert.nn.layers import fold_kernel, to_float64_cpu
 from doconv_convert.nn.overlay import is_over_parameterized, stored_kernels
 from doconv_convert.rewrite.install import restore
+from doconv_convert.rewrite.rounding import correctly_rounded
 from doconv_convert.rewrite.sites import site_name
 
 # Two float64 sums of at most a few ten thousand terms; the largest seen over torchvision is 4e-15.
 FOLD_TOLERANCE = 1e-12
 
 
+# What a float64 sum of so many terms is off by at most, relative to the largest of them.
+NEAR = 1e-12
 # An input and its features.
 Probe = tuple[Tensor, Tensor]
 
@@ -34,6 +37,15 @@ class Factors:
     d: Tensor
     extra: Tensor | None
     groups: int
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How a folded kernel was rounded: its number of weights, and `corrected`, those among them that the float64
+    composition's cast had rounded twice. `corrected` is None where error-free sums could not tell (`rounded_rows`)."""
+
+    weights: int
+    corrected: int | None
 
 
 def layer_factors(model: nn.Module) -> list[Factors]:
@@ -155,12 +167,57 @@ def relative_distance(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).norm()) / scale if scale else float(got.norm())
 
 
-def assign_folded(every: Sequence[Factors]) -> None:
-    """Write each folded kernel into its W, cast once; no W may occur twice (`unique`)."""
+def rounded_rows(factors: Factors) -> Iterator[tuple[slice, Tensor, int | None]]:
+    """`folded_rows` in the kernel's own dtype, and how many entries the float64 composition's cast had rounded twice.
+
+    Where W and D are float32, each entry is the float32 number nearest to the exact product: error-free sums say which
+    that is. None instead of the count where the product is not exact in float64: the kernel is cast once.
+    """
+    given = [tensor for tensor in (factors.weight, factors.d, factors.extra) if tensor is not None]
+    exact = all(tensor.dtype == torch.float32 for tensor in given)
+    pieces = row_pieces(factors.weight.shape, factors.groups)
+    for (rows, kernel), (_, channels, groups) in zip(folded_rows(factors), pieces, strict=True):
+        cast = kernel.to(factors.weight.dtype)
+        if not exact:
+            yield rows, cast, None
+            continue
+        w, d = (part.detach().cpu().numpy() for part in (factors.weight[rows], factors.d[channels]))
+        extra = None if factors.extra is None else factors.extra[rows].detach().cpu().numpy()
+        nearest = torch.from_numpy(correctly_rounded(w, d, extra, groups))
+        differs = cast != nearest
+        count = int(differs.sum())
+        if count:
+            _require_near(factors, cast[differs], nearest[differs])
+            cast = torch.where(differs, nearest, cast)
+        yield rows, cast, count
+
+
+def _require_near(factors: Factors, cast: Tensor, nearest: Tensor) -> None:
+    """A composition in float64 may round a sum near the middle of two float32 numbers to the wrong one; where its terms
+    cancel, to one that is as far away as its own errors are."""
+    slots = [tensor for tensor in (factors.weight, factors.extra) if tensor is not None]
+    largest, d = max(float(slot.detach().abs().max()) for slot in slots), float(factors.d.detach().abs().max())
+    terms = largest * (1 + factors.d.shape[2] * d)
+    far = (torch.nextafter(cast, nearest) != nearest) & ((cast - nearest).abs() > NEAR * terms)
+    if far.any():
+        raise CheckFailedError(
+            f"'{factors.name or 'the convolution'}': {int(far.sum())} values of the folded kernel are not the float32 "
+            "numbers nearest to the exact product of D and W; nothing was folded. Please report this layer's shapes."
+        )
+
+
+def assign_folded(every: Sequence[Factors]) -> dict[str, Rounding]:
+    """Write each folded kernel into its W; no W may occur twice (`unique`). How each was rounded, by name."""
+    rounding = {}
     for factors in every:
-        for rows, kernel in folded_rows(factors):
+        counts = []
+        for rows, kernel, count in rounded_rows(factors):
+            counts.append(count)
             with torch.no_grad():
                 factors.weight[rows].copy_(kernel)
+        known = [count for count in counts if count is not None]
+        rounding[factors.name] = Rounding(factors.weight.numel(), sum(known) if len(known) == len(counts) else None)
+    return rounding
 
 
 def restore_layers(model: nn.Module) -> bool:

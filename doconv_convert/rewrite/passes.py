@@ -14,10 +14,11 @@ from doconv_convert.nn.overlay import stored_kernels
 from doconv_convert.rewrite.discover import discover
 from doconv_convert.rewrite.fold_kernels import (
     Factors,
+    Rounding,
     assign_folded,
-    folded_rows,
     layer_factors,
     restore_layers,
+    rounded_rows,
     unique,
 )
 from doconv_convert.rewrite.fx_graph import composition_nodes, parameter_read
@@ -141,9 +142,9 @@ class FoldPass(PassBase):
         return PassResult(graph_module, fold_kernels(graph_module)[1])
 
 
-def fold_kernels(model: nn.Module, check_first: bool = True) -> tuple[list[str], bool]:
-    """Fold every over-parameterized kernel of `model`, in layers and in graphs: (their names, whether anything
-    changed). All at once, since a layer and a graph may share a Parameter, and W must be folded a single time.
+def fold_kernels(model: nn.Module, check_first: bool = True) -> tuple[dict[str, Rounding], bool]:
+    """Fold every over-parameterized kernel of `model`, in layers and in graphs: (how each was rounded, by name; whether
+    anything changed). All at once, since a layer and a graph may share a Parameter, and W must be folded a single time.
 
     `check_first` composes every kernel once more up front, so that an error leaves the model untouched.
     """
@@ -153,16 +154,16 @@ def fold_kernels(model: nn.Module, check_first: bool = True) -> tuple[list[str],
     every = unique([*layer_factors(model), *(composition.factors for composition in compositions)])
     if check_first:
         for one in every:
-            for _ in folded_rows(one):
+            for _ in rounded_rows(one):
                 pass
-    assign_folded(every)
+    rounding = assign_folded(every)
     for composition in compositions:
         composition.remove()
     restored = restore_layers(model)
     for gm in dict.fromkeys(composition.gm for composition in compositions):
         gm.graph.lint()
         gm.recompile()
-    return [one.name for one in every], restored or bool(compositions)
+    return rounding, restored or bool(compositions)
 
 
 def kernel_factors(model: nn.Module) -> list[Factors]:

@@ -132,7 +132,10 @@ def count_source(
 
     def export(folder: Path, flags: Flags, batch: int | None = None) -> Path:
         by_graph = bool(report.by_graph)
-        return export_baseline(folder, opened.source, report.model, inputs, flags, batch=batch, fold_foreign=by_graph)
+        baseline, _ = export_baseline(
+            folder, opened.source, report.model, inputs, flags, batch=batch, fold_foreign=by_graph
+        )
+        return baseline
 
     with scratch_folder() as folder:
         baseline = export(folder, Flags())

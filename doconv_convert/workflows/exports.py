@@ -21,8 +21,9 @@ from doconv_convert.artifacts.sources.inputs import Inputs
 from doconv_convert.artifacts.sources.source import Source
 from doconv_convert.check.onnx_files.model import onnx_input_shapes
 from doconv_convert.check.outputs.expected import ReferenceRun
-from doconv_convert.check.torch_runs.memory import is_large, release_weights, restore_weights
+from doconv_convert.check.torch_runs.memory import has_twin, is_large, release_weights, restore_weights
 from doconv_convert.check.torch_runs.reference_run import further_runs, reference_run, resized_reference_run
+from doconv_convert.check.twin.status import TOO_LARGE, Twin
 from doconv_convert.workflows.trained_model import TrainedCheckpoint, fold_trained, load_again
 
 Sides = tuple[ReferenceRun, ReferenceRun | None]
@@ -36,11 +37,13 @@ def export_job(
     flags: Flags,
     inputs: Inputs,
     trained: TrainedCheckpoint | None = None,
+    twin: Path | None = None,
 ) -> ExportJob:
-    """An export in a child: of `source`'s plain network with `state`, or of `trained` folded by the child."""
+    """An export in a child: of `source`'s plain network with `state`, its float64 `twin` too, or of `trained` folded by
+    the child."""
     dynamic_batch = flags.dynamic_batch and inputs.fixed_batch is None
     flags = replace(flags, dynamic_batch=dynamic_batch)
-    job = ExportJob(source, state, sample, target, flags, image_list=inputs.image_list)
+    job = ExportJob(source, state, sample, target, flags, image_list=inputs.image_list, twin=twin)
     if trained is None:
         return job
     return replace(
@@ -62,14 +65,24 @@ def export_baseline(
     batch: int | None = None,
     fold_foreign: bool = False,
     constant_kernels: bool = False,
-) -> Path:
-    """Export `source`'s plain network with the values of `folded` in a child; the ONNX file, in `folder`."""
+    with_twin: bool = False,
+) -> tuple[Path, Twin]:
+    """Export `source`'s plain network with the values of `folded` in a child; the ONNX file, in `folder`, and its
+    float64 twin."""
     state, sample, baseline = folder / "plain.safetensors", folder / "inputs.npz", folder / "baseline.onnx"
     save(folded, state)
     write_inputs(sample, inputs.tensors(batch or inputs.export_batch))
-    job = export_job(source, state, sample, baseline, flags, inputs)
-    export_in_child([replace(job, fold_foreign=fold_foreign, constant_kernels=constant_kernels)])
-    return baseline
+    twin = folder / "twin.onnx" if with_twin and has_twin(folded) else None
+    job = export_job(source, state, sample, baseline, flags, inputs, twin=twin)
+    (report,) = export_in_child([replace(job, fold_foreign=fold_foreign, constant_kernels=constant_kernels)])
+    return baseline, twin_of(job, report)
+
+
+def twin_of(job: ExportJob, report: ExportReport) -> Twin:
+    """The float64 twin that an export was asked for, or why there is none."""
+    if job.twin is None:
+        return Twin(None, TOO_LARGE)
+    return Twin(job.twin) if report.no_twin is None else Twin(None, report.no_twin)
 
 
 def is_dynamic(path: Path) -> bool:

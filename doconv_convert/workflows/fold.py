@@ -28,10 +28,10 @@ from doconv_convert.check.proof import prove
 from doconv_convert.check.status import Proof
 from doconv_convert.check.torch_runs.device import find_device
 from doconv_convert.check.torch_runs.exact_start import run_in_eval
-from doconv_convert.check.torch_runs.memory import is_large
+from doconv_convert.check.torch_runs.memory import has_twin, is_large
 from doconv_convert.errors import UsageError
 from doconv_convert.files import check_writable, temporary_beside, workspace_beside
-from doconv_convert.workflows.exports import export_and_run, export_job, threads_beside, write_inputs
+from doconv_convert.workflows.exports import export_and_run, export_job, threads_beside, twin_of, write_inputs
 from doconv_convert.workflows.fold_request import FoldRequest
 from doconv_convert.workflows.fold_result import FoldResult, describe_layers, fold_status, notes_on_fold
 from doconv_convert.workflows.trained_model import TrainedCheckpoint, fold_trained, load_trained
@@ -134,13 +134,15 @@ def fold_and_prove(
         flags = flags or Flags()
         jobs = [export_job(loaded.source, state, sample, candidate, flags, inputs, loaded)]
         if verify:
-            job = export_job(loaded.source, state, sample, baseline, flags, inputs)
+            in_float64 = folder / "twin.onnx" if has_twin(folded.model) else None
+            job = export_job(loaded.source, state, sample, baseline, flags, inputs, twin=in_float64)
             jobs.append(replace(job, fold_foreign=bool(folded.by_graph), constant_kernels=loaded.constant_kernels))
         progress("exporting")
         reports, sides = export_and_run(jobs, loaded, folded.model, inputs, flags, device, waiting)
         progress("proving")
         if sides:
-            proof = prove(candidate, baseline, sides[0], status, sides[1], min_coverage)
+            twin = twin_of(jobs[1], reports[1])
+            proof = prove(candidate, baseline, sides[0], status, sides[1], min_coverage, twin=twin)
         else:
             proof = Proof(str(onnx), [status])
         proof.file = str(onnx)

@@ -89,7 +89,16 @@ def fold_status(sites: Sequence[RecipeSite], folded: FoldReport) -> Status:
     if folded.by_graph:
         foreign = counted(len(folded.by_graph), "foreign layer")
         detail += f"; {foreign} folded by graph, equal to their own forward to as much"
-    return Status("fold", "passed", detail)
+    exact = {name: one for name, one in folded.rounding.items() if one.corrected is not None}
+    if exact:
+        weights = sum(one.weights for one in exact.values())
+        detail += (
+            f"; error-free sums show each of {weights:,} weights to be the float32 number nearest to the exact product "
+            "of D and W"
+        )
+    rest = [name for name in folded.folded if name not in exact]
+    findings = tuple(f"'{name}' is held to that tolerance alone" for name in rest) if exact else ()
+    return Status("fold", "passed", detail, findings)
 
 
 def notes_on_fold(loaded: TrainedCheckpoint, folded: FoldReport, sites: Sequence[RecipeSite]) -> tuple[str, ...]:

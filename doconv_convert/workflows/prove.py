@@ -14,11 +14,14 @@ from doconv_convert.artifacts.checkpoints.checkpoint import load_strictly, save
 from doconv_convert.artifacts.checkpoints.recipe import recipe_sites
 from doconv_convert.artifacts.export.exporter import ExportReport, export_onnx
 from doconv_convert.artifacts.export.job import Flags
+from doconv_convert.artifacts.export.twin import export_twin
 from doconv_convert.artifacts.sources.inputs import Inputs, InputSpec, forward_names
 from doconv_convert.check import proof as checks
 from doconv_convert.check.certificate.certificate import Origin, certificate_path, write_certificate
 from doconv_convert.check.torch_runs.device import find_device
 from doconv_convert.check.torch_runs.exact_start import run_in_eval
+from doconv_convert.check.torch_runs.memory import has_twin
+from doconv_convert.check.twin.status import TOO_LARGE, Twin
 from doconv_convert.errors import UsageError
 from doconv_convert.files import check_writable, workspace_beside
 from doconv_convert.nn.factors import refuse_shards
@@ -86,13 +89,15 @@ def prove(
     with workspace_beside(target) as folder:
         candidate, baseline = folder / target.name, folder / f"baseline-{target.name}"
         export = _export(folded, candidate, inputs, flags)
-        _export(_original(original, model, report, constant_kernels), baseline, inputs, flags)
+        plain = _original(original, model, report, constant_kernels)
+        _export(plain, baseline, inputs, flags)
+        twin = _export_twin(plain, folder / "twin.onnx", inputs, flags)
         state = folder / "trained.safetensors"
         save(model, state)
         batch = inputs.proof_batch if export.dynamic_batch else inputs.export_batch
         runs = copy_model(folded)  # which become float32
         side, resized = reference_runs(model, runs, inputs, batch, flags, runs_on, constant_kernels=constant_kernels)
-        proof = checks.prove(candidate, baseline, side, status, resized, min_coverage)
+        proof = checks.prove(candidate, baseline, side, status, resized, min_coverage, twin=twin)
         proof.file = str(target)
         result = FoldResult(
             (*report.folded, *report.by_graph),
@@ -137,6 +142,14 @@ def _original(original: nn.Module | None, trained: nn.Module, report: FoldReport
 def _export(model: nn.Module, path: Path, inputs: Inputs, flags: Flags) -> ExportReport:
     model = copy_model(model).float()
     return export_onnx(model, inputs.arguments(inputs.export_batch, like=model), path, **vars(flags))
+
+
+def _export_twin(model: nn.Module, path: Path, inputs: Inputs, flags: Flags) -> Twin:
+    if not has_twin(model):
+        return Twin(None, TOO_LARGE)
+    model = copy_model(model).float()
+    missing = export_twin(model, inputs.arguments(inputs.export_batch, like=model), path, flags)
+    return Twin(path) if missing is None else Twin(None, missing)
 
 
 def _as_inputs(model: nn.Module, example_inputs: Tensor | tuple[Any, ...]) -> Inputs:

@@ -156,7 +156,7 @@ def _against_torch(candidate: Path, reference: Reference, progress: Progress) ->
     flags = reference.flags
     with scratch_folder() as folder:
         progress("exporting the original")
-        baseline = export_baseline(
+        baseline, twin = export_baseline(
             folder,
             opened.source,
             folded,
@@ -164,6 +164,7 @@ def _against_torch(candidate: Path, reference: Reference, progress: Progress) ->
             reference.flags,
             fold_foreign=by_graph,
             constant_kernels=constant,
+            with_twin=has_weights,
         )
         if not has_weights:
             return _without_weights(candidate, baseline, [t.numpy() for t in inputs.tensors(inputs.export_batch)])
@@ -172,7 +173,7 @@ def _against_torch(candidate: Path, reference: Reference, progress: Progress) ->
         side, resized = reference_runs(opened.model, folded, inputs, batch, flags, device, constant_kernels=constant)
         status = fold_status(recipe_sites(opened.model), report)
         timeout = reference.timeout or _SECONDS
-        proof = prove(candidate, baseline, side, status, resized, reference.min_coverage, timeout)
+        proof = prove(candidate, baseline, side, status, resized, reference.min_coverage, timeout=timeout, twin=twin)
     proof.layers = layers
     return proof
 

@@ -65,6 +65,7 @@ def _summary(result: dict[str, Any]) -> list[str]:
         f"{sum('outputs' in row[3] for row in kernels) - caught} of them all the same, the graph's bytes every one.",
         f"- All faults: {len(rows) - len(uncaught)} of {len(rows)} ({(len(rows) - len(uncaught)) / len(rows):.1%}) "
         "caught by the whole proof.",
+        *_without_twin(nets),
         "",
     ]
     if missed:
@@ -72,6 +73,19 @@ def _summary(result: dict[str, Any]) -> list[str]:
         lines += [f"- {name} `{row[1]}`: predicted {row[2]:g}, real {row[4]:g} bounds" for name, row in missed] + [""]
     lines += [f"- NOT CAUGHT: {name}: {row[0]} at `{row[1]}`" for name, row in uncaught] + [""] * bool(uncaught)
     return lines
+
+
+def _without_twin(nets: list[dict[str, Any]]) -> list[str]:
+    """The other road: a proof without the float64 twin, in the nets that were run both ways."""
+    both = [net for net in nets if "without_twin" in net]
+    if not both:
+        return []
+    missed = sum(net["without_twin"]["missed"] for net in both)
+    refused = [net["net"] for net in both if net["without_twin"]["control"]]
+    return [
+        f"- Without the float64 twin, in {len(both)} nets: {missed} faults missed; undamaged files refused for "
+        f"onnxruntime's rounding: {', '.join(refused) or 'none'}."
+    ]
 
 
 def _by_kind(nets: list[dict[str, Any]]) -> list[str]:
@@ -82,7 +96,7 @@ def _by_kind(nets: list[dict[str, Any]]) -> list[str]:
     return [*lines, _line("all", rows), ""]
 
 
-_CHECKS = ("fold", "graph", "macs", "outputs", "coverage", "error")
+_CHECKS = ("fold", "graph", "macs", "twin", "outputs", "coverage", "error")
 
 
 def _net(net: dict[str, Any], seen: float) -> list[str]:

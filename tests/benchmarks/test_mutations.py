@@ -35,6 +35,7 @@ def test_every_planted_fault_is_caught(tmp_path: Path) -> None:
     assert [net["net"] for net in result["mutations"]] == ["residual", "grouped"]
     for net in result["mutations"]:
         assert net["control"] == net["not_in_file"] == []
+        assert net["without_twin"] == {"control": [], "missed": 0}
         rows = net["rows"]
         assert all(row[3] for row in rows), [row for row in rows if not row[3]]
         covered = [row for row in rows if row[0].startswith("kernel times")]

@@ -29,7 +29,7 @@ SAME = 1e-5
 # Of the kernels' scale: so far D moves them away from W, or almost any wrong fold would pass.
 MOVED = 0.1
 
-CHECKS = ["fold", "graph", "macs", "outputs", "coverage"]
+CHECKS = ["fold", "graph", "macs", "twin", "outputs", "coverage"]
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_a_trained_model_is_proven_and_stays_as_it_is(made: Any, trained: nn.Mod
     assert trained.first.D.abs().sum() > 0  # type: ignore[union-attr, operator]
     assert not hasattr(made.model.first, "D")
     assert names(made.certificate.parent) == ["net.certificate.json", "net.onnx", "net.reference.npz"]
-    assert [status.name for status in made.proof.statuses] == ["fold", "graph", "macs", "outputs", "coverage"]
+    assert [status.name for status in made.proof.statuses] == ["fold", "graph", "macs", "twin", "outputs", "coverage"]
 
 
 def test_its_certificate_is_as_good_as_the_command_lines(made: Any) -> None:
@@ -113,7 +113,7 @@ def test_a_wrong_export_is_caught_and_nothing_is_written(
     monkeypatch.setattr(module, "export_onnx", wrong)
     result = prove(trained, tmp_path / "net.onnx", samples[:2])
     assert not result.proven
-    assert {status.name for status in result.proof.statuses if status.state == "failed"} == {"graph", "outputs"}  # type: ignore[union-attr]
+    assert {status.name for status in result.proof.statuses if status.state == "failed"} == {"graph", "twin", "outputs"}  # type: ignore[union-attr]
     assert names(tmp_path) == []
     assert result.proof.compared == "example_inputs: 2 of 2 samples, and 1 made from them by adding noise"  # type: ignore[union-attr]
 
@@ -127,7 +127,7 @@ def test_the_users_own_architecture_is_what_the_graph_is_compared_with(
 
     assert prove(trained, tmp_path / "net.onnx", samples, original=Net()).proven
     result = prove(trained, tmp_path / "other.onnx", samples, original=Other())
-    assert [status.name for status in result.proof.statuses if status.state == "failed"] == ["graph"]  # type: ignore[union-attr]
+    assert [status.name for status in result.proof.statuses if status.state == "failed"] == ["graph", "twin"]  # type: ignore[union-attr]
     with pytest.raises(DoconvError, match=r"first\.weight"):
         prove(trained, tmp_path / "wide.onnx", samples, original=Net(8))
 

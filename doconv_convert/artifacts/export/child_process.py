@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from functools import cache
 from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,6 +91,8 @@ def _prepare() -> Callable[[Any], dict[str, Any]]:
     """The child: an expected error is an answer too."""
     import doconv_convert.artifacts.export.exporter  # noqa: F401 (takes seconds)
 
+    _keep_operator_table()
+
     def answer(job: Any) -> dict[str, Any]:
         try:
             return {"report": asdict(_export(ExportJob.from_json(job)))}
@@ -99,15 +102,26 @@ def _prepare() -> Callable[[Any], dict[str, Any]]:
     return answer
 
 
+def _keep_operator_table() -> None:
+    """torch's exporter reads the source of its 500 operators anew for every export, a second each: once will do."""
+    with suppress(ImportError, AttributeError):  # no public name: another version of torch may not have it
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        ONNXRegistry.from_torchlib = staticmethod(cache(ONNXRegistry.from_torchlib))  # type: ignore[method-assign]
+
+
 def _export(job: ExportJob) -> ExportReport:
     import torch
 
     from doconv_convert.artifacts.export.exporter import export_onnx
+    from doconv_convert.artifacts.export.twin import export_twin
 
     dtype = getattr(torch, job.dtype)
     model = _model(job).to(dtype)
-    inputs = [array.to(dtype) if array.is_floating_point() else array for array in _arrays(job.inputs_file)]
-    return export_onnx(model, (inputs,) if job.image_list else tuple(inputs), job.path, **vars(job.flags))
+    arrays = [array.to(dtype) if array.is_floating_point() else array for array in _arrays(job.inputs_file)]
+    inputs = (arrays,) if job.image_list else tuple(arrays)
+    report = export_onnx(model, inputs, job.path, **vars(job.flags))
+    return report if job.twin is None else replace(report, no_twin=export_twin(model, inputs, job.twin, job.flags))
 
 
 def _model(job: ExportJob) -> nn.Module:

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from doconv_convert.artifacts.export import onnx_file
 from doconv_convert.artifacts.export.output_names import name_by_key, own_outputs, plain_outputs
+from doconv_convert.artifacts.export.python_numbers import restore_numbers
 from doconv_convert.artifacts.sources.inputs import forward_names
 from doconv_convert.errors import DoconvError, UsageError
 from doconv_convert.files import check_writable
@@ -42,7 +43,8 @@ BATCH = "batch"
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What the saved file says of itself. A dynamic dimension is its name, '?' where it has none."""
+    """What the saved file says of itself. A dynamic dimension is its name, '?' where it has none. `no_twin` is why
+    there is no float64 twin of it, where one was asked for (`twin.py`)."""
 
     path: str
     opset: int
@@ -51,6 +53,7 @@ class ExportReport:
     exporter: Exporter
     dynamic_batch: bool
     external_data: bool
+    no_twin: str | None = None
 
 
 def export_onnx(
@@ -81,7 +84,7 @@ def export_onnx(
     tensors = _named_tensors(module, example_inputs, input_names)
     asked = _asked_axes(tensors, dynamic)
     with _evaluating(module), _quiet(), torch.no_grad():
-        if _is_or_holds_a_detector(module):
+        if is_or_holds_a_detector(module):
             logger.info("%s is or holds a detector of torchvision: TorchScript's exporter", type(module).__name__)
             exporter: Exporter = "torchscript"
             batch_axes: dict[str, Axes] = {}
@@ -130,8 +133,11 @@ def _dynamo(
         if program is None:
             raise DoconvError("the exporter returned no model; update torch")
         own_outputs(program.model)
-        if output_names is None and program.exported_program is not None:
-            name_by_key(program.model, program.exported_program.call_spec.out_spec)
+        traced = program.exported_program
+        if output_names is None and traced is not None:
+            name_by_key(program.model, traced.call_spec.out_spec)
+        if traced is not None and torch.get_default_dtype() == torch.float64:
+            restore_numbers(program.model, traced.graph)
         return program.model
 
     try:
@@ -238,7 +244,7 @@ def _require(model: ir.Model, opset: int | None, asked: Mapping[str, Axes]) -> N
                 )
 
 
-def _is_or_holds_a_detector(module: nn.Module) -> bool:
+def is_or_holds_a_detector(module: nn.Module) -> bool:
     from torchvision.models import detection  # type: ignore[import-untyped]
 
     detectors = (detection.generalized_rcnn.GeneralizedRCNN, detection.RetinaNet, detection.FCOS, detection.ssd.SSD)

@@ -12,7 +12,7 @@ from doconv_convert.artifacts.checkpoints.unwrap import Selection
 from doconv_convert.artifacts.sources.source import Source
 from doconv_convert.rewrite.options import Options
 
-_PATHS = ("state_file", "inputs_file", "path", "checkpoint")
+_PATHS = ("state_file", "inputs_file", "path", "checkpoint", "twin")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ExportJob:
     `fold_foreign` does so to the fresh network before `state_file` is loaded.
 
     `inputs_file` is an .npz with the arrays 'input_0', 'input_1', ...: forward's positional arguments, or
-    with `image_list` the images of the one list that it takes.
+    with `image_list` the images of the one list that it takes. `twin` is where the network in float64 goes.
     """
 
     source: Source
@@ -50,6 +50,7 @@ class ExportJob:
     selection: Selection = field(default_factory=Selection)
     fold_foreign: bool = False
     constant_kernels: bool = False
+    twin: Path | None = None
 
     def with_flags(self, **changes: Any) -> ExportJob:
         """The same job with other flags."""

@@ -121,6 +121,7 @@ def _content(onnx: Path, proof: Proof, count: MacCount, reference: ReferenceRun,
                 "inputs": describe_inputs(names, reference),
                 "tensors": [{**one, **more} for one, more in zip(described, figures, strict=True)],
                 "detections": [dict(group) for group in reference.detections],
+                **({"loose": sorted(proof.loose)} if proof.loose else {}),
             },
             "coverage": dict(proof.sensitivity),
         }

@@ -9,10 +9,10 @@ Only onnx and numpy are needed; weights in external files are read in pieces.
 """
 
 from collections import ChainMap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import onnx
 from onnx import AttributeProto, TensorProto, helper
@@ -23,6 +23,8 @@ from doconv_convert.check.onnx_files.tensors import differing, dtype_text, eleme
 from doconv_convert.errors import DoconvError
 
 _Places: TypeAlias = ChainMap[str, "str | TensorProto"]
+# What differs between two flat arrays of one type, in sentences.
+Compare: TypeAlias = Callable[[Any, Any], Iterator[str]]
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,17 @@ class GraphComparison:
 
 
 def compare_graphs(
-    baseline: ModelSource, candidate: ModelSource, *, values: bool = True, max_differences: int = 20
+    baseline: ModelSource, candidate: ModelSource, *, values: bool | Compare = True, max_differences: int = 20
 ) -> GraphComparison:
     """Compare two ONNX graphs; a difference says what was expected (the baseline) and what was got.
 
-    With `values` every initializer is compared bit by bit; without, only its dtype and shape. What exceeds
-    `max_differences` is counted in one last sentence. A model given as a path may keep its weights in
+    With `values` every initializer is compared bit by bit, or by that function; without, only its dtype and shape. What
+    exceeds `max_differences` is counted in one last sentence. A model given as a path may keep its weights in
     external files. Raises DoconvError for a file that is broken, not ONNX or without its external data.
     """
     a, b = _Listing.of(baseline), _Listing.of(candidate)
-    found = [*_compare_records(a, b), *_compare_initializers(a, b, values)]
+    compare = values if callable(values) else differing
+    found = [*_compare_records(a, b, compare), *_compare_initializers(a, b, compare if values else None)]
     rest = len(found) - max_differences
     shown = found if rest <= 0 else [*found[:max_differences], f"and {rest:,} more differences"]
     return GraphComparison(sum(record.is_node for record in a.records), len(a.declared), tuple(shown))
@@ -157,20 +160,22 @@ class _Listing:
         return [tensor for tensor in self.declared if id(tensor) not in self.ranks]
 
 
-def _compare_records(a: _Listing, b: _Listing) -> Iterator[str]:
+def _compare_records(a: _Listing, b: _Listing, compare: Compare) -> Iterator[str]:
     nodes_a, nodes_b = (sum(record.is_node for record in listing.records) for listing in (a, b))
     if nodes_a != nodes_b:
         yield f"number of nodes: expected {nodes_a:,} got {nodes_b:,}"
     for x, y in zip(a.records, b.records, strict=False):
         if (x.where, x.operator) == (y.where, y.operator):
-            yield from _compare_record(x, y, a.folder, b.folder)
+            yield from _compare_record(x, y, a.folder, b.folder, compare)
             continue
         yield f"{x.where}: expected {x.operator} got {y.operator}"
         if len(a.records) != len(b.records):
             return  # the two run apart from here on: the rest would only repeat it
 
 
-def _compare_record(x: _Record, y: _Record, folder_x: Path | None, folder_y: Path | None) -> Iterator[str]:
+def _compare_record(
+    x: _Record, y: _Record, folder_x: Path | None, folder_y: Path | None, compare: Compare
+) -> Iterator[str]:
     what = f"{x.where} ({x.operator})" if x.is_node else x.where
     for key in {**x.facts, **y.facts}:
         if x.facts.get(key) != y.facts.get(key):
@@ -185,10 +190,10 @@ def _compare_record(x: _Record, y: _Record, folder_x: Path | None, folder_y: Pat
         if expected != got:
             yield f"{what} type {index}: expected {expected} got {got}"
     for name in x.tensors.keys() & y.tensors.keys():
-        yield from _compare_tensor(f"{what} {name}", x.tensors[name], y.tensors[name], folder_x, folder_y)
+        yield from _compare_tensor(f"{what} {name}", x.tensors[name], y.tensors[name], folder_x, folder_y, compare)
 
 
-def _compare_initializers(a: _Listing, b: _Listing, values: bool) -> Iterator[str]:
+def _compare_initializers(a: _Listing, b: _Listing, compare: Compare | None) -> Iterator[str]:
     pairs = (("initializer", a.used, b.used), ("unused initializer", a.unused(), b.unused()))
     for what, of_a, of_b in pairs:
         if len(of_a) != len(of_b):
@@ -197,7 +202,7 @@ def _compare_initializers(a: _Listing, b: _Listing, values: bool) -> Iterator[st
             continue  # by rank, everything after the first one that is missing would differ
         for rank, (x, y) in enumerate(zip(of_a, of_b, strict=True)):
             name = f"{what} {rank} ('{x.name}', {tensor_text(x)})"
-            yield from _compare_tensor(name, x, y, a.folder, b.folder, values=values)
+            yield from _compare_tensor(name, x, y, a.folder, b.folder, compare)
 
 
 def _compare_tensor(
@@ -206,13 +211,12 @@ def _compare_tensor(
     y: TensorProto,
     folder_x: Path | None,
     folder_y: Path | None,
-    *,
-    values: bool = True,
+    compare: Compare | None,
 ) -> Iterator[str]:
     if tensor_text(x) != tensor_text(y):
         yield f"{what}: expected {tensor_text(x)} got {tensor_text(y)}"
-    elif values:
-        yield from (f"{what}: {text}" for text in differing(elements(x, folder_x), elements(y, folder_y)))
+    elif compare is not None:
+        yield from (f"{what}: {text}" for text in compare(elements(x, folder_x), elements(y, folder_y)))
 
 
 def _attributes(

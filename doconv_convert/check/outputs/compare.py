@@ -27,6 +27,9 @@ FLOOR = 8 * 2.0**-23
 CEILING = 1e-3
 # Two fp32 implementations of one ONNX graph differ by up to 3e-5 of the scale in deep nets; 1024 epsilon is 1.2e-4.
 ONNX_BOUND = 1024 * 2.0**-23
+# The float64 twin, evaluated in numpy, against torch's own float64 run: two orders of the same float64 sums, which were
+# 2e-16 to 1.1e-13 apart over the nets tried (docs/twin.md).
+TWIN_BOUND = 1e-12
 # A kernel counts as covered where a change of 1e-3 in it is predicted to move an output by more than so many bounds.
 # The real movement was at least 0.59 times the predicted one over 440 kernels of 13 networks (docs/mutations.md).
 COVERED_ABOVE = 1.75

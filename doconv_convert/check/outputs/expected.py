@@ -29,7 +29,11 @@ class ReferenceRun:
     float64, by themselves; `alone_is_cheap` unless it reads the weights again. `uncovered_reason` are unseen kernels
     whose gradient is cut or zero, with what changes of their own size tell of them (`coverage.why_uncovered`). `fold`
     is what was seen of the fold itself.
-    `further` are runs of more samples than fit one batch, with outputs alone; `compared` says what all of them are."""
+    `further` are runs of more samples than fit one batch, with outputs alone; `compared` says what all of them are.
+
+    `shipped` are float64 outputs too, of the network with the weights that are shipped, correctly rounded kernels;
+    empty where memory is short. `sharp` is the sensitivity of those outputs, in units of TWIN_BOUND, by kernels that
+    `truth`'s bounds do not let show."""
 
     inputs: Sequence[Array]
     truth: Sequence[Array]
@@ -43,3 +47,5 @@ class ReferenceRun:
     fold: FoldRun | None = None
     further: Sequence[ReferenceRun] = ()
     compared: str = ""
+    shipped: Sequence[Array] = ()
+    sharp: Mapping[str, float] = field(default_factory=dict)

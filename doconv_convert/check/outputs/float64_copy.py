@@ -1,12 +1,13 @@
-"""A copy of an ONNX graph with sums and sigmoids in float64, which tells the runtime's rounding from a fault.
+"""A copy of an ONNX graph with some operators in float64, which tells the runtime's rounding from a fault.
 
 onnxruntime adds up a float32 sum one number after the other, and its float32 Sigmoid is a rough approximation. Weights
-and convolutions stay float32: what is wrong with them is as wrong in the copy. Importing this needs no torch.
+and convolutions stay float32: what is wrong with them is as wrong in the copy. Where there is a float64 twin, it tells
+which operators those are (`twin/runtime.py`); LOOSE are those known. Importing this needs no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
 
@@ -18,27 +19,27 @@ LOOSE = frozenset({"ReduceL2", "ReduceLogSumExp", "ReduceMean", "ReduceSum", "Re
 _FIRST_OPSET = 15
 
 
-def in_float64(model: ModelProto) -> ModelProto:
-    """A copy with its LOOSE operators in float64, those of subgraphs too; before opset 15 as it was."""
+def in_float64(model: ModelProto, operators: Collection[str] = LOOSE) -> ModelProto:
+    """A copy with these operators in float64, those of subgraphs too; before opset 15 as it was."""
     copy = ModelProto()
     copy.CopyFrom(model)
     opset = max((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), default=0)
     if opset >= _FIRST_OPSET:
-        _widen(copy.graph)
+        _widen(copy.graph, operators)
     return copy
 
 
-def _widen(graph: GraphProto) -> None:
-    nodes = [one for node in graph.node for one in _widened(node)]
+def _widen(graph: GraphProto, operators: Collection[str]) -> None:
+    nodes = [one for node in graph.node for one in _widened(node, operators)]
     del graph.node[:]
     graph.node.extend(nodes)
 
 
-def _widened(node: NodeProto) -> Iterator[NodeProto]:
+def _widened(node: NodeProto, operators: Collection[str]) -> Iterator[NodeProto]:
     for attribute in node.attribute:
         if attribute.type == AttributeProto.GRAPH:
-            _widen(attribute.g)
-    if node.op_type not in LOOSE or node.domain not in ("", "ai.onnx"):
+            _widen(attribute.g, operators)
+    if node.op_type not in operators or node.domain not in ("", "ai.onnx"):
         yield node
         return
     value, result = node.input[0], node.output[0]

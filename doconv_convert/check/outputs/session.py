@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from threading import Timer
 from typing import Any
@@ -24,29 +24,29 @@ _SMALL = 64  # elements
 
 
 class OnnxSession:
-    """A file in onnxruntime on the CPU, as it is or, `precise`, with sums and sigmoids in float64 (`in_float64`).
+    """A file in onnxruntime on the CPU, as it is or with the operators `wide` in float64 (`in_float64`).
 
     Raises DoconvError where it cannot be loaded, asks for data that is not its own, or `run` cannot run it or takes
     more than `timeout` seconds.
     """
 
     def __init__(
-        self, path: Path, *, optimize: bool = True, precise: bool = False, timeout: float | None = None
+        self, path: Path, *, optimize: bool = True, wide: Collection[str] = (), timeout: float | None = None
     ) -> None:
         require_own_data(path)
         import onnxruntime
 
         onnxruntime.set_default_logger_severity(4)
-        self.path, self.precise, self.timeout = path, precise, timeout
+        self.path, self.wide, self.timeout = path, wide, timeout
         options = onnxruntime.SessionOptions()
         # Waiting threads would take the cores from the exports and rehearsals that run beside this.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if not optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         model: str | bytes = str(path)
-        if precise:
+        if wide:
             folder = str(path.parent.absolute())
-            model = _with_small_tensors(in_float64(read_model(path)), folder).SerializeToString()
+            model = _with_small_tensors(in_float64(read_model(path), wide), folder).SerializeToString()
             options.add_session_config_entry(_DATA_FOLDER, folder)
         try:
             self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

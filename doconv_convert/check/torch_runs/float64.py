@@ -39,12 +39,19 @@ class Runs:
     counting: tuple[str, ...]
 
 
-def float64_runs(model: nn.Module, inputs: Any, runs: int = 1) -> Runs:
+def float64_runs(model: nn.Module, inputs: Any, runs: int = 1, *, gradients: bool = False) -> Runs:
     """What a `widened` model gives in eval mode on the widened inputs; attributes, buffers and torch's and Python's
-    random states are as before then. Raises DoconvError where the model does not run in float64."""
+    random states are as before then. With `gradients` the outputs have them. Raises DoconvError where the model does
+    not run in float64."""
     buffers = [(buffer, buffer.data.clone()) for buffer in model.buffers()]  # a forward may write into these
     try:
-        with full_precision(), torch.no_grad(), undisturbed(model), _float64_by_default(), _WidenFloats():
+        with (
+            full_precision(),
+            torch.set_grad_enabled(gradients),
+            undisturbed(model),
+            _float64_by_default(),
+            _WidenFloats(),
+        ):
             set_eval_mode(model)
             before = _random_states()
             outputs = [tree_map(_own, run_model(model, tree_map(widen, inputs)))]

@@ -11,10 +11,21 @@ from torch import nn
 
 # Bytes of weights from which no two processes hold them at once.
 LARGE = 2**30
+# From here on, an export and a run in float64 would need more than everything else does.
+NO_TWIN = 2**30
 
 
 def is_large(model: nn.Module) -> bool:
-    return sum(p.numel() * p.element_size() for p in model.parameters()) >= LARGE
+    return _weight_bytes(model) >= LARGE
+
+
+def has_twin(model: nn.Module) -> bool:
+    """Whether there is room for its float64 twin."""
+    return _weight_bytes(model) < NO_TWIN
+
+
+def _weight_bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def release_weights(*models: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from doconv_convert.artifacts.checkpoints.recipe import recipe_sites
 from doconv_convert.artifacts.sources.inputs import Inputs, InputSpec, forward_names
-from doconv_convert.check.outputs.compare import COVERED_ABOVE, bound_for, relative_error
+from doconv_convert.check.outputs.compare import COVERED_ABOVE, TWIN_BOUND, bound_for, relative_error
 from doconv_convert.check.outputs.detections import detection_groups, in_order_of
 from doconv_convert.check.outputs.expected import FoldRun, ReferenceRun
 from doconv_convert.check.torch_runs.coverage import (
@@ -25,8 +26,14 @@ from doconv_convert.check.torch_runs.coverage import (
     why_uncovered,
 )
 from doconv_convert.check.torch_runs.device import full_precision, to_device
-from doconv_convert.check.torch_runs.float64 import output_tensors, run_float64, run_inputs
-from doconv_convert.check.torch_runs.memory import release_weights, return_freed
+from doconv_convert.check.torch_runs.float64 import (
+    float64_runs,
+    output_tensors,
+    run_float64,
+    run_inputs,
+    widened,
+)
+from doconv_convert.check.torch_runs.memory import has_twin, release_weights, return_freed
 from doconv_convert.check.torch_runs.same_function import run_in_float64
 from doconv_convert.errors import DoconvError, UsageError
 from doconv_convert.rewrite.discover import discover
@@ -110,7 +117,7 @@ def resized_reference_run(
             with torch.no_grad():
                 arguments = to_device(inputs.resized(sizes).arguments(samples), device)
                 models = trained.to(device), set_eval_mode(folded).to(device)
-                return _run_both(*models, arguments, samples, constant_kernels).reference()
+                return _run_both(*models, arguments, samples, constant_kernels, exact=False).reference()
         except DoconvError as error:
             refused = error
     asked = ", ".join(sorted({dimension for axes in dynamic.values() for dimension in axes.values()}))
@@ -151,6 +158,7 @@ class _Runs:
     detections: list[dict[str, int]]
     samples: int
     fold: FoldRun
+    shipped: Sequence[Tensor] = ()
 
     @property
     def random(self) -> bool:
@@ -161,7 +169,10 @@ class _Runs:
         truth = [_array(t) for t in self.truth]
         plain = in_order_of(truth, [_array(p) for p in self.plain], self.detections)
         alone = partial(_alone, self.folded, self.inputs, self.samples)
-        return ReferenceRun(inputs, truth, plain, self.samples, {}, self.detections, alone, fold=self.fold)
+        shipped = [_array(t) for t in self.shipped]
+        return ReferenceRun(
+            inputs, truth, plain, self.samples, {}, self.detections, alone, fold=self.fold, shipped=shipped
+        )
 
 
 def _alone(folded: nn.Module, inputs: Any, samples: int, count: int) -> list[Any]:
@@ -177,6 +188,8 @@ def _run_both(
     samples: int,
     constant_kernels: bool,
     spend: bool = False,
+    *,
+    exact: bool = True,
 ) -> _Runs:
     half = any(p.dtype in (torch.float16, torch.bfloat16) for p in trained.parameters())
     narrow = tree_map(_to_float32, inputs)
@@ -191,11 +204,13 @@ def _run_both(
         release_weights(trained)
     return_freed()
     kernels = _float32_kernels(folded, paths)
-    truth = run_float64(folded, narrow) if half else truth
+    shipped: Sequence[Tensor] = run_float64(folded, narrow) if exact and has_twin(folded) else ()
+    if half:
+        truth = list(shipped) or run_float64(folded, narrow)
     with full_precision():
         output = run_inputs(folded, narrow)  # after it: what this keeps for the gradients is large
     groups = detection_groups(output)
-    return _Runs(folded, narrow, output_tensors(output), truth, kernels, groups, samples, fold)
+    return _Runs(folded, narrow, output_tensors(output), truth, kernels, groups, samples, fold, shipped)
 
 
 def _leading(leaf: Any, count: int, samples: int) -> Any:
@@ -235,11 +250,27 @@ def _with_coverage(folded: nn.Module, runs: _Runs) -> ReferenceRun:
         name for name in without_gradient if (value := sensitivity[name]) is not None and not value > COVERED_ABOVE
     ]
     reasons = {name: why_uncovered(partial(moved_by, kernels[name], change=1.0)) for name in hidden}
+    unseen = {name for name, value in sensitivity.items() if value is not None and not value > COVERED_ABOVE}
     return replace(
         reference,
         sensitivity=sensitivity,
+        sharp=_in_float64(folded, runs, {name: kernels[name] for name in unseen}) if runs.shipped else {},
         uncovered_reason={name: reason for name, reason in reasons.items() if reason is not None},
     )
+
+
+def _in_float64(folded: nn.Module, runs: _Runs, kernels: Mapping[str, Tensor]) -> dict[str, float]:
+    """The sensitivity of the float64 outputs by `kernels`, in units of TWIN_BOUND: float32's own rounding, which hides
+    small movements, is none there."""
+    if not kernels:
+        return {}
+    with widened(folded), suppress(DoconvError):  # float32's answer stands where float64 has none
+        outputs = output_tensors(float64_runs(folded, runs.inputs, gradients=True).outputs[0])
+        outputs = [output for output in outputs if output.is_floating_point()]
+        scales = [TWIN_BOUND * float(output.detach().norm()) for output in outputs]
+        found = measure_sensitivity(outputs, scales, kernels)
+        return {name: value or 0.0 for name, value in found.items()}
+    return {}
 
 
 def _kernel_paths(folded: nn.Module, trained: nn.Module) -> list[tuple[str, str]]:

@@ -29,6 +29,9 @@ from doconv_convert.words import listed
 
 # The two differ by the order of sums in their kernels' compositions alone.
 FUNCTION_TOLERANCE = 1e-10
+# A composition in float64 is off by 2^-53 times the number of its terms. Where it lies that close to the middle of two
+# float32 numbers, its cast may be the wrong one: within so much of their distance, or of the kernel's largest value.
+BETWEEN, SUMMED = 1e-4, 2.0**-46
 _SHOWN = 5
 
 
@@ -109,11 +112,26 @@ def _cast_findings(
     wrong = []
     for name, exact in wide.items():
         shipped = folded[name]
+        cast = exact
         if exact.is_floating_point():
-            exact = exact.to(shipped.device, dtypes.get(name, usual)).to(shipped.dtype)
-        if exact.shape != shipped.shape or not torch.equal(exact.detach(), shipped.detach()):
+            cast = exact.to(shipped.device, dtypes.get(name, usual)).to(shipped.dtype)
+        if not _same(cast.detach(), shipped.detach(), exact.detach()):
             wrong.append(f"'{name}' of the folded network is not the trained one's, folded in float64 and cast once")
     return (*wrong[:_SHOWN], *([f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []))
+
+
+def _same(cast: Tensor, shipped: Tensor, exact: Tensor) -> bool:
+    """Equal, but for float32 numbers between which `exact` lies in the middle: it has errors of its own, which a
+    correctly rounded product does not have."""
+    if cast.shape != shipped.shape or torch.equal(cast, shipped):
+        return cast.shape == shipped.shape
+    if shipped.dtype != torch.float32 or exact.dtype != torch.float64:
+        return False
+    differs = cast != shipped
+    exact, value = exact.to(shipped.device), shipped[differs].double()
+    spacing = (torch.nextafter(shipped[differs], cast[differs]).double() - value).abs()
+    allowed = (0.5 + BETWEEN) * spacing + SUMMED * float(exact.abs().max())
+    return bool(((exact[differs] - value).abs() <= allowed).all())
 
 
 def _compare(

@@ -159,7 +159,7 @@ def test_a_fold_writes_a_certificate_that_holds(made: Path) -> None:
     assert {"m.certificate.json", "m.onnx", "m.reference.npz"} < set(names(made))
     content = content_of(made)
     assert content["proven"] is True
-    assert [check["name"] for check in content["checks"]] == ["fold", "graph", "macs", "outputs", "coverage"]
+    assert [check["name"] for check in content["checks"]] == ["fold", "graph", "macs", "twin", "outputs", "coverage"]
     assert [one["kept"] for one in content["outputs"]["tensors"]] == ["whole", "sketch"]
     assert content["source"]["source"] == "net.py:make"
     assert str(made) not in (made / "m.certificate.json").read_text()

@@ -90,7 +90,7 @@ def test_a_loose_operator_is_exact_in_the_copy(tmp_path: Path, operator: str) ->
     onnx.save(model, tmp_path / "m.onnx")
     x = (np.random.default_rng(0).standard_normal((2, 4, 300, 300)) + 0.5).astype(np.float32)
     truth = in_numpy(operator, x)
-    for session in (OnnxSession(tmp_path / "copy.onnx"), OnnxSession(tmp_path / "m.onnx", precise=True)):
+    for session in (OnnxSession(tmp_path / "copy.onnx"), OnnxSession(tmp_path / "m.onnx", wide=LOOSE)):
         for got in session.run([x]):
             assert got.dtype == np.float32
             assert relative_error(got, truth) <= ONE_ROUNDING
@@ -108,7 +108,7 @@ def test_weights_in_another_file_are_found(
     (tmp_path / "sub").mkdir()
     onnx.save(onnx.load(path), tmp_path / "sub" / "m.onnx", save_as_external_data=True, size_threshold=0)
     monkeypatch.chdir(tmp_path)
-    (got,) = OnnxSession(Path("sub/m.onnx"), precise=True).run(reference.inputs)
+    (got,) = OnnxSession(Path("sub/m.onnx"), wide=LOOSE).run(reference.inputs)
     assert relative_error(got, reference.truth[0]) < FLOOR
 
 
@@ -142,8 +142,8 @@ def test_the_runtimes_rounding_is_told_from_a_fault(
 @pytest.mark.parametrize(
     ("error", "where"),
     [
-        (2 * ONNX_BOUND, lambda session: not session.precise),  # no rounding is as large
-        (float("nan"), lambda session: not session.precise),
+        (2 * ONNX_BOUND, lambda session: not session.wide),  # no rounding is as large
+        (float("nan"), lambda session: not session.wide),
         (RUNTIME_ERROR, lambda session: True),  # not for want of precision
     ],
 )

@@ -1,0 +1,1 @@
+"""The float64 twin: the exported network, evaluated where rounding hides nothing."""
