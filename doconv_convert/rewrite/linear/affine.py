@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import gcd, prod
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -50,11 +49,11 @@ class AffineConv:
 
     @property
     def out_channels(self) -> int:
-        return self.kernel.shape[0]
+        return int(self.kernel.shape[0])
 
     @property
     def in_channels(self) -> int:
-        return self.kernel.shape[1] * self.groups
+        return int(self.kernel.shape[1]) * self.groups
 
     @property
     def extent(self) -> tuple[int, ...]:
@@ -69,7 +68,7 @@ class AffineConv:
     @property
     def parameters(self) -> int:
         """Those of the layer: a bias of zeros is left out."""
-        return int(self.kernel.size) + (self.out_channels if self.bias.any() else 0)
+        return self.kernel.size + (self.out_channels if self.bias.any() else 0)
 
     def output_size(self, size: Sequence[int]) -> tuple[int, ...]:
         axes = zip(size, self.stride, self.padding, self.extent, strict=True)
@@ -86,15 +85,15 @@ class AffineConv:
         size, out = x.shape[2:], self.output_size(x.shape[2:])
         grouped = x.reshape(x.shape[0], self.groups, -1, *size)
         kernel = self.kernel.reshape(self.groups, -1, *self.kernel.shape[1:])
-        y = np.zeros((x.shape[0], self.out_channels, *out)) + _channels(self.bias, self.rank)
+        y = np.zeros((x.shape[0], self.out_channels, *out)) + self.bias.reshape(-1, *(1,) * self.rank)
         target = y.reshape(x.shape[0], self.groups, -1, *out)
         for position in np.ndindex(*self.size):
             here = [_overlap(axis, p, n, o) for axis, p, n, o in zip(self._axes(), position, size, out, strict=True)]
             read, written = (tuple(one[side] for one in here) for side in (0, 1))
             if self.transposed:
                 read, written = written, read
-            weights = kernel[(..., *position)]
-            target[(..., *written)] += np.einsum("goc,ngc...->ngo...", weights, grouped[(..., *read)], optimize=True)
+            weights, values = kernel[(..., *position)], grouped[(slice(None),) * 3 + read]
+            target[(slice(None),) * 3 + written] += np.einsum("goc,ngc...->ngo...", weights, values, optimize=True)
         return y
 
     def _axes(self) -> list[tuple[int, int, int, bool]]:
@@ -112,86 +111,6 @@ def _overlap(axis: tuple[int, int, int, bool], position: int, size: int, out: in
         return slice(0, 0), slice(0, 0)
     start = first * stride + offset
     return slice(start, last * stride + offset + 1, stride), slice(first, last + 1)
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Each channel times `weight` plus `bias`, both (C,); `rank` of the input where the scale tells it."""
-
-    weight: Array
-    bias: Array
-    rank: int | None = None
-
-
-@dataclass(frozen=True)
-class Combination:
-    """The inputs, each times its coefficient, plus a constant."""
-
-    coefficients: tuple[float, ...]
-    constant: float = 0.0
-
-
-@dataclass(frozen=True)
-class AveragePool:
-    """The mean of `size` positions, zero padding counted as positions."""
-
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class ZeroPad:
-    """(before, after) zeros for each of the last axes, in their order."""
-
-    padding: tuple[tuple[int, int], ...]
-
-
-def identity(channels: int, rank: int) -> AffineConv:
-    one, zero = (1,) * rank, ((0, 0),) * rank
-    return AffineConv(np.ones((channels, 1, *one)), np.zeros(channels), one, zero, one, channels)
-
-
-def pointwise(weight: Array, bias: Array, rank: int) -> AffineConv:
-    """Each channel scaled and shifted, as a depthwise 1x1 convolution."""
-    return replace(identity(len(weight), rank), kernel=weight.reshape(-1, 1, *(1,) * rank), bias=bias)
-
-
-def average_pool(pool: AveragePool, channels: int) -> AffineConv:
-    rank = len(pool.size)
-    kernel = np.full((channels, 1, *pool.size), 1.0 / prod(pool.size))
-    return AffineConv(kernel, np.zeros(channels), pool.stride, pool.padding, (1,) * rank, channels)
-
-
-def zero_pad(pad: ZeroPad, channels: int, rank: int) -> AffineConv:
-    if len(pad.padding) > rank:
-        raise Declined(Reason.CHANNELS)
-    return replace(identity(channels, rank), padding=((0, 0),) * (rank - len(pad.padding)) + pad.padding)
-
-
-def batch_norm(mean: Array, variance: Array, weight: Array | None, bias: Array | None, epsilon: float) -> Scale:
-    """(x - mean) / sqrt(variance + epsilon) * weight + bias, by running statistics."""
-    scale = (1.0 if weight is None else weight) / np.sqrt(variance + epsilon)
-    return Scale(scale, (0.0 if bias is None else bias) - mean * scale)
-
-
-def scaled(conv: AffineConv, scale: Scale) -> AffineConv:
-    """`scale` after `conv`."""
-    if len(scale.weight) != conv.out_channels or scale.rank not in (None, conv.rank):
-        raise Declined(Reason.CHANNELS)
-    kernel = conv.kernel * scale.weight.reshape(-1, 1, *(1,) * conv.rank)
-    return replace(conv, kernel=kernel, bias=conv.bias * scale.weight + scale.bias)
-
-
-def combined(convs: Sequence[AffineConv], combination: Combination) -> AffineConv:
-    """The sum of convolutions of one input, each times its coefficient, plus the constant."""
-    total: AffineConv | None = None
-    for conv, factor in zip(convs, combination.coefficients, strict=True):
-        term = replace(conv, kernel=conv.kernel * factor, bias=conv.bias * factor)
-        total = term if total is None else added(total, term)
-    if total is None:
-        raise Declined(Reason.CHANNELS)
-    return replace(total, bias=total.bias + combination.constant)
 
 
 def added(a: AffineConv, b: AffineConv) -> AffineConv:
@@ -333,7 +252,8 @@ def _dilated(conv: AffineConv, steps: tuple[int, ...]) -> AffineConv:
     spread = [d // step if k > 1 else 1 for k, d, step in zip(conv.size, conv.dilation, steps, strict=True)]
     size = [(k - 1) * f + 1 for k, f in zip(conv.size, spread, strict=True)]
     kernel = np.zeros((*conv.kernel.shape[:2], *size))
-    kernel[(..., *(slice(None, None, f) for f in spread))] = conv.kernel
+    every = slice(None)
+    kernel[(every, every, *(slice(None, None, f) for f in spread))] = conv.kernel
     return replace(conv, kernel=kernel, dilation=steps)
 
 
@@ -347,9 +267,7 @@ def _grown(conv: AffineConv, goal: Sequence[int], *, before: bool) -> AffineConv
     kernel = np.pad(conv.kernel, [(0, 0), (0, 0), *added])
     sides = zip(conv.padding, added, conv.dilation, strict=True)
     return replace(
-        conv, kernel=kernel, padding=tuple((low + front * d, high + back * d) for (low, high), (front, back), d in sides)
+        conv,
+        kernel=kernel,
+        padding=tuple((low + front * d, high + back * d) for (low, high), (front, back), d in sides),
     )
-
-
-def _channels(values: Any, rank: int) -> Any:
-    return values.reshape(-1, *(1,) * rank)

@@ -14,17 +14,15 @@ from typing import Literal
 
 import numpy as np
 
-from doconv_convert.rewrite.linear.affine import (
-    AffineConv,
+from doconv_convert.rewrite.linear.affine import AffineConv, composed
+from doconv_convert.rewrite.linear.operations import (
     AveragePool,
     Combination,
     Scale,
     ZeroPad,
     average_pool,
     combined,
-    composed,
     identity,
-    pointwise,
     scaled,
     zero_pad,
 )
@@ -104,7 +102,7 @@ def find_regions(steps: Sequence[Step], merge: Merge, *, even_padding: bool = Fa
     """The regions of a graph, whose steps come in topological order, from its outputs back; no two overlap.
 
     "branches" takes regions with two convolutions or parallel paths, "all" a convolution with its batch norm too. With
-    `even_padding` a convolution must pad both sides alike.
+    `even_padding` the convolution's padding must be one that torch's layers can have.
     """
     graph = _Graph(steps)
     found = Found([], [])
@@ -135,9 +133,7 @@ def find_regions(steps: Sequence[Step], merge: Merge, *, even_padding: bool = Fa
 def _is_known(declined: DeclinedRegion, others: Sequence[DeclinedRegion]) -> bool:
     """Whether it is a part of a region declined before for the same reason."""
     names = {step.name for step in declined.steps}
-    return any(
-        other.reason is declined.reason and names <= {step.name for step in other.steps} for other in others
-    )
+    return any(other.reason is declined.reason and names <= {step.name for step in other.steps} for other in others)
 
 
 class _Graph:
@@ -145,10 +141,13 @@ class _Graph:
         self.steps: Mapping[str, Step] = {step.name: step for step in steps}
         self.order = {step.name: index for index, step in enumerate(steps)}
         self.users: dict[str, list[str]] = {step.name: [] for step in steps}
+        self.readers: dict[str, list[str]] = {}  # of a storage, whatever the value is called
         self.writers: dict[str, list[str]] = {}
         for step in steps:
             for value in step.inputs:
                 self.users[value].append(step.name)
+                if step.operation != PASSES_ON:
+                    self.readers.setdefault(self._storage(value), []).append(step.name)
             if step.writes is not None:
                 self.writers.setdefault(self._storage(step.writes), []).append(step.name)
 
@@ -196,7 +195,7 @@ class _Graph:
         steps = self.in_order(candidate.steps)
         self._refuse_writes(steps, candidate.entry)
         conv = evaluate(steps, candidate.entry)
-        if even_padding and not all(before == after >= 0 or conv.transposed for before, after in conv.padding):
+        if even_padding and not has_even_padding(conv):
             raise Declined(Reason.UNEVEN_PADDING)
         parameters = sum(step.parameters for step in steps)
         for size in SIZES:
@@ -219,7 +218,7 @@ class _Graph:
         first, last = self.order[steps[0].name], self.order[steps[-1].name]
         for value in (self._storage(entry), *(self._storage(step.name) for step in steps[:-1])):
             for writer in self.writers.get(value, ()):
-                others = [user for user in self.users[value] if user != writer]
+                others = [reader for reader in self.readers[value] if reader != writer]
                 if others and first <= self.order[writer] <= last:
                     raise Declined(Reason.WRITTEN_IN_PLACE)
 
@@ -263,6 +262,16 @@ def _after(step: Step, inputs: Sequence[AffineConv], start: AffineConv) -> Affin
     return composed(operation, value)
 
 
+def has_even_padding(conv: AffineConv) -> bool:
+    """Whether a layer of torch can have the padding: the same on both sides, or of a transposed one an output padding
+    less."""
+    axes = zip(conv.padding, conv.stride, conv.dilation, strict=True)
+    return all(
+        0 <= before and (0 <= before - after < max(s, d) if conv.transposed else before == after)
+        for (before, after), s, d in axes
+    )
+
+
 def region_macs(steps: Sequence[Step], entry: str, size: tuple[int, ...]) -> int | None:
     """The MACs of the steps on one sample of that size; None where one of them has no output at it."""
     sizes, total = {entry: size}, 0
@@ -285,7 +294,3 @@ def region_macs(steps: Sequence[Step], entry: str, size: tuple[int, ...]) -> int
 def shown_macs(conv: AffineConv) -> int:
     """The MACs of a region's convolution at SHOWN_SIZE."""
     return conv.macs((SHOWN_SIZE,) * conv.rank)
-
-
-def as_pointwise(scale: Scale, rank: int) -> AffineConv:
-    return pointwise(scale.weight, scale.bias, rank)
