@@ -152,9 +152,7 @@ def fold_kernels(model: nn.Module, check_first: bool = True) -> tuple[list[str],
     compositions = _compositions(model)
     every = unique([*layer_factors(model), *(composition.factors for composition in compositions)])
     if check_first:
-        for one in every:
-            for _ in folded_rows(one):
-                pass
+        _check(every)
     assign_folded(every)
     for composition in compositions:
         composition.remove()
@@ -163,6 +161,19 @@ def fold_kernels(model: nn.Module, check_first: bool = True) -> tuple[list[str],
         gm.graph.lint()
         gm.recompile()
     return [one.name for one in every], restored or bool(compositions)
+
+
+def check_kernels(model: nn.Module) -> None:
+    """Raises what folding would, and changes nothing."""
+    refuse_subclasses(model)
+    _refuse_decomposed(model)
+    _check(kernel_factors(model))
+
+
+def _check(every: Sequence[Factors]) -> None:
+    for one in every:
+        for _ in folded_rows(one):
+            pass
 
 
 def kernel_factors(model: nn.Module) -> list[Factors]:

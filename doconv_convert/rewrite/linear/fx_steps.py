@@ -95,7 +95,8 @@ class FxSteps:
         try:
             read = self._read(node)
         except Declined as declined:
-            return Step(node.name, inputs, refused=declined.reason, writes=writes)
+            # the first is the data; the rest, a kernel made of it, leads elsewhere
+            return Step(node.name, inputs[:1], refused=declined.reason, writes=writes)
         if read is None:
             return Step(node.name, inputs, writes=writes)
         operation, kind, data, parameters = read
@@ -242,7 +243,7 @@ def _written(gm: fx.GraphModule, node: fx.Node) -> str | None:
     elif node.op == "call_method":
         writes = str(node.target).endswith("_")
     else:
-        asked = node.kwargs.get("inplace", False) or True in node.args[1:]  # F.relu(x, True)
+        asked = node.kwargs.get("inplace", False) or any(one is True for one in node.args[1:])  # F.relu(x, True)
         writes = node.target in _IN_PLACE or bool(asked) or getattr(node.target, "__name__", "").endswith("_")
     return first.name if writes else None
 
