@@ -31,6 +31,8 @@ from doconv_convert.check.torch_runs.same_function import run_in_float64
 from doconv_convert.errors import DoconvError, UsageError
 from doconv_convert.rewrite.discover import discover
 from doconv_convert.rewrite.foreign.authors import authors_sites
+from doconv_convert.rewrite.linear.merge import InferenceModule
+from doconv_convert.rewrite.linear.regions import Merge
 from doconv_convert.rewrite.observe import run_model
 from doconv_convert.rewrite.sites import site_name
 from doconv_convert.rewrite.tracing import set_eval_mode
@@ -52,17 +54,18 @@ def reference_run(
     device: torch.device = _CPU,
     *,
     constant_kernels: bool = False,
+    merge: Merge = "none",
     spend: bool = False,
 ) -> ReferenceRun:
     """Run both models on the same inputs (a tuple of positional arguments), in eval mode on the device.
 
-    `trained` is the unfolded model, `folded` the plain one that `fold` made of it, with `constant_kernels` or without.
-    A half-precision model is judged in float32 arithmetic on its own rounded weights, as it is exported; its truth
-    takes the kernels as the fold rounded them. With `spend` the trained model gives its values up as soon as its
-    outputs are known.
+    `trained` is the unfolded model, `folded` the plain one that `fold` made of it, with `constant_kernels` or without,
+    and `merge`. A half-precision model is judged in float32 arithmetic on its own rounded weights, as it is exported;
+    its truth takes the kernels as the fold rounded them. With `spend` the trained model gives its values up as soon as
+    its outputs are known.
     """
     models = trained.to(device), set_eval_mode(folded).to(device)
-    runs = _run_both(*models, to_device(inputs, device), samples, constant_kernels, spend)
+    runs = _run_both(*models, to_device(inputs, device), samples, constant_kernels, merge, spend)
     if runs.random:
         return runs.reference()
     with full_precision():
@@ -79,6 +82,7 @@ def resized_reference_run(
     device: torch.device = _CPU,
     *,
     constant_kernels: bool = False,
+    merge: Merge = "none",
 ) -> ReferenceRun | None:
     """As `reference_run`, without the kernels' sensitivity, at another size of every dimension in `dynamic` (the ONNX
     inputs are called `names`); None where only the batch is dynamic. Raises UsageError where the model does not run.
@@ -93,7 +97,7 @@ def resized_reference_run(
             with torch.no_grad():
                 arguments = to_device(inputs.resized(sizes).arguments(samples), device)
                 models = trained.to(device), set_eval_mode(folded).to(device)
-                return _run_both(*models, arguments, samples, constant_kernels).reference()
+                return _run_both(*models, arguments, samples, constant_kernels, merge).reference()
         except DoconvError as error:
             refused = error
     asked = ", ".join(sorted({dimension for axes in dynamic.values() for dimension in axes.values()}))
@@ -159,13 +163,16 @@ def _run_both(
     inputs: Any,
     samples: int,
     constant_kernels: bool,
+    merge: Merge,
     spend: bool = False,
 ) -> _Runs:
     half = any(p.dtype in (torch.float16, torch.bfloat16) for p in trained.parameters())
     narrow = tree_map(_to_float32, inputs)
     paths = _kernel_paths(folded, trained)
     try:
-        truth, fold = run_in_float64(trained, folded, inputs, constant_kernels=constant_kernels, spend=spend)
+        truth, fold = run_in_float64(
+            trained, folded, inputs, constant_kernels=constant_kernels, merge=merge, spend=spend
+        )
     except DoconvError:
         with full_precision(), torch.no_grad():
             run_inputs(folded.float(), narrow)  # inputs that the model does not run on at all are the better reason
@@ -226,9 +233,10 @@ def _with_coverage(folded: nn.Module, runs: _Runs) -> ReferenceRun:
 
 
 def _kernel_paths(folded: nn.Module, trained: nn.Module) -> list[tuple[str, str]]:
-    """(module, parameter) of every folded kernel; of a plain model, of all its convolutions'."""
-    sites = [(site.owner, site.kernel) for site in recipe_sites(trained)]
-    sites += [(site.path, site.kernel) for site in authors_sites(trained)]
+    """(module, parameter) of every folded kernel; of a plain model or a merged one, of all its convolutions'."""
+    merged = any(isinstance(module, InferenceModule) for module in folded.modules())
+    sites = [] if merged else [(site.owner, site.kernel) for site in recipe_sites(trained)]
+    sites += [] if merged else [(site.path, site.kernel) for site in authors_sites(trained)]
     if not sites:
         plain = [site for site in discover(folded).sites if site.parameter is not None]
         sites = [(site.owners[0].path, site.owners[0].kernel) for site in plain]

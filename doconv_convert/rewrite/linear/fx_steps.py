@@ -7,13 +7,12 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from doconv_convert.rewrite.fx_graph import attribute
-from doconv_convert.rewrite.linear.operations import Combination, Scale
+from doconv_convert.rewrite.linear.operations import Combination, Scale, by_constant
 from doconv_convert.rewrite.linear.reasons import Declined, Reason
 from doconv_convert.rewrite.linear.regions import PASSES_ON, Kind, Operation, Step
 from doconv_convert.rewrite.linear.torch_operations import (
@@ -215,22 +214,14 @@ class FxSteps:
         return None
 
     def _with_constant(self, data: fx.Node, constant: Any, factors: Callable[[Any], tuple[Any, Any]]) -> _Read:
-        """A number, or one number a channel: (C, 1, 1) and (1, C, 1, 1) tell the rank, too."""
-        if isinstance(constant, Tensor) and constant.numel() == 1 and constant.dim() == 0:
-            constant = float(constant)
-        if isinstance(constant, int | float) and not isinstance(constant, bool):
-            weight, shift = factors(float(constant))
-            return Combination((float(weight),), float(shift)), "other", [data], 0
-        if not isinstance(constant, Tensor) or not constant.is_floating_point() or constant.dim() < 2:
+        if isinstance(constant, bool) or not isinstance(constant, int | float | Tensor):
             return None
-        shape = tuple(constant.shape)
-        channels = shape[1:] if shape[0] == 1 and len(shape) > 2 else shape
-        if any(extent != 1 for extent in channels[1:]):
+        if isinstance(constant, Tensor) and not constant.is_floating_point():
             return None
-        value = array(constant).reshape(-1)
-        weight, shift = factors(value)
-        ones = np.ones_like(value)
-        return Scale(weight * ones, shift * ones, len(channels) - 1), "other", [data], int(value.size)
+        values = array(constant) if isinstance(constant, Tensor) else float(constant)
+        operation = by_constant(values, factors)
+        size = operation.weight.size if isinstance(operation, Scale) else 0
+        return None if operation is None else (operation, "other", [data], size)
 
 
 def _written(gm: fx.GraphModule, node: fx.Node) -> str | None:

@@ -110,7 +110,7 @@ def merge_in_place(model: nn.Module, merge: Merge) -> MergeReport:
         module = model.get_submodule(path)
         if id(module) in built or id(module) in gone:
             continue
-        entered = {id(model.get_submodule(name)) for site in found if site.path == path for name in site.entered}
+        entered = _entered(model, path, found)
         merged = _merge_module(module, path, entered, merge, report)
         if merged is not None:
             built[id(module)] = merged
@@ -170,6 +170,18 @@ def _only_describes(node: fx.Node) -> bool:
     return reads_metadata(node)
 
 
+def _entered(model: nn.Module, path: str, found: Sequence[_Site]) -> set[int]:
+    """The modules to enter from the one at `path`: on the way to its regions' nodes, and to those of regions that lie
+    in a module entered already."""
+    entered = {id(model.get_submodule(name)) for site in found if site.path == path for name in site.entered}
+    while True:
+        inside = [site for site in found if id(model.get_submodule(site.path)) in entered]
+        more = {id(model.get_submodule(name)) for site in inside for name in site.entered}
+        if more <= entered:
+            return entered
+        entered |= more
+
+
 def _is_opaque(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a graph calls a module with an inside of its own."""
     return any(True for _ in gm.get_submodule(str(node.target)).children())
@@ -206,18 +218,20 @@ def _merge_module(
         return None
     reading = FxSteps(gm)
     nodes = {node.name: node for node in gm.graph.nodes}
-    count = 0
+    exact = []
     for region in find_regions(reading.steps, merge, even_padding=True).regions:
         error, sizes = region_error(reading, [nodes[step.name] for step in region.steps], nodes[region.entry], region)
-        if not error <= REGION_TOLERANCE:
+        if error <= REGION_TOLERANCE:
+            exact.append((region, error, sizes))
+        else:
             report.declined.append(_left(path, DeclinedRegion(region.steps, region.entry, Reason.NOT_EQUAL)))
-            continue
-        name = _free_name(module)
+    for region, error, sizes in exact:
+        name = _free_name(gm)
         gm.add_module(name, layer_of(region.conv))
-        _replace(gm, [nodes[step.name] for step in region.steps], nodes[region.entry], name)
+        inside, entry = [nodes[step.name] for step in region.steps], nodes[region.entry]
+        nodes[region.output] = _replace(gm, inside, entry, name)  # the next region may begin there
         report.merged.append(_described(f"{path}.{name}".lstrip("."), region, error, sizes))
-        count += 1
-    if not count:
+    if not exact:
         return None
     gm.graph.lint()
     result = InferenceModule(gm, gm.graph, type(module).__name__)
@@ -226,7 +240,7 @@ def _merge_module(
     return result
 
 
-def _replace(gm: fx.GraphModule, nodes: Sequence[fx.Node], entry: fx.Node, name: str) -> None:
+def _replace(gm: fx.GraphModule, nodes: Sequence[fx.Node], entry: fx.Node, name: str) -> fx.Node:
     with gm.graph.inserting_after(nodes[-1]):
         merged = gm.graph.call_module(name, (entry,))
     nodes[-1].replace_all_uses_with(merged)
@@ -237,6 +251,7 @@ def _replace(gm: fx.GraphModule, nodes: Sequence[fx.Node], entry: fx.Node, name:
         if node in constants and not node.users and node is not entry:
             constants += node.all_input_nodes
             gm.graph.erase_node(node)
+    return merged
 
 
 def _free_name(module: nn.Module) -> str:

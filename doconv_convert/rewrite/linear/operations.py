@@ -5,9 +5,10 @@ Importing this needs no torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -74,6 +75,21 @@ def batch_norm(mean: Array, variance: Array, weight: Array | None, bias: Array |
     """(x - mean) / sqrt(variance + epsilon) * weight + bias, by running statistics."""
     scale = (1.0 if weight is None else weight) / np.sqrt(variance + epsilon)
     return Scale(scale, (0.0 if bias is None else bias) - mean * scale)
+
+
+def by_constant(constant: float | Array, factors: Callable[[Any], tuple[Any, Any]]) -> Combination | Scale | None:
+    """Each value times the one of `factors`, plus the other, both made of the constant: a number, or one a channel, in
+    the shapes (C, 1, 1) and (1, C, 1, 1), which tell the rank, too. None where it is neither."""
+    if isinstance(constant, float) or constant.size == 1:
+        weight, shift = factors(float(constant) if isinstance(constant, float) else constant.item())
+        return Combination((float(weight),), float(shift))
+    shape = constant.shape[1:] if constant.ndim > 2 and constant.shape[0] == 1 else constant.shape
+    if len(shape) < 2 or any(extent != 1 for extent in shape[1:]):
+        return None
+    with np.errstate(all="ignore"):
+        weight, shift = factors(constant.reshape(-1))
+    ones = np.ones(shape[0])
+    return Scale(weight * ones, shift * ones, len(shape) - 1)
 
 
 def scaled(conv: AffineConv, scale: Scale) -> AffineConv:

@@ -110,7 +110,7 @@ def find_regions(steps: Sequence[Step], merge: Merge, *, even_padding: bool = Fa
     if merge == "none":
         return found
     for step in reversed(steps):
-        if step.name in taken or (step.operation is None and step.refused is None):
+        if step.name in taken or step.operation == PASSES_ON or (step.operation is None and step.refused is None):
             continue
         candidates = [one for one in graph.candidates(step.name) if graph.is_wanted(one, merge)]
         declined: DeclinedRegion | None = None
@@ -162,10 +162,10 @@ class _Graph:
         opened = set(self.steps[output].inputs)
         heap = [-self.order[value] for value in opened]
         heapq.heapify(heap)
-        names = list(self.steps)
+        names, passed = list(self.steps), False
         while heap:
             latest = names[-heapq.heappop(heap)]
-            if not heap:
+            if not heap and not passed:  # what only hands its input on is no part of a region that begins with it
                 yield _Candidate(frozenset(inside), latest, reason)
             step = self.steps[latest]
             if step.operation is None and step.refused is None:
@@ -173,6 +173,7 @@ class _Graph:
             if reason is None and any(user not in inside for user in self.users[latest]):
                 reason = Reason.SEVERAL_OUTPUTS
             reason = reason or step.refused
+            passed = step.operation == PASSES_ON and not heap
             inside.add(latest)
             for value in step.inputs:
                 if value not in opened:
