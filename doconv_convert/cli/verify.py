@@ -45,6 +45,7 @@ def verify(
     ema: o.Ema = False,
     prefix: o.Prefix = "",
     constant_kernels: o.ConstantKernels = False,
+    merge: o.MergeOption = o.MergeChoice.none,
     device: o.Device = "cpu",
     min_coverage: o.MinCoverage = 0.0,
     graph_only: Annotated[
@@ -85,6 +86,7 @@ def verify(
             selection=o.selection(ema, prefix),
             flags=o.flags(opset, input_names, output_names, dynamic, static),
             constant_kernels=constant_kernels,
+            merge=merge.value,
             input_shapes=input_shape or (),
             input_file=input_file,
             device=device,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from doconv_convert.check.certificate.side_file import describe_inputs, describe_outputs, write_reference
 from doconv_convert.check.macs.counting import MacCount
+from doconv_convert.check.merged import Merged
 from doconv_convert.check.onnx_files.model import external_files, onnx_input_shapes
 from doconv_convert.check.outputs.expected import ReferenceRun
 from doconv_convert.check.proof import dynamic_sizes
@@ -36,12 +37,14 @@ SCHEMA = Path(__file__).with_name("certificate.schema.json")
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a file comes from: the trained checkpoint (a file or a folder), its network, and how it was exported."""
+    """Where a file comes from: the trained checkpoint (a file or a folder), its network, how it was exported, and the
+    linear regions that were merged."""
 
     checkpoint: Path
     source: Source
     opset: int
     exporter: str
+    merged: Merged | None = None
 
 
 def certificate_path(onnx: Path) -> Path:
@@ -165,6 +168,7 @@ def _content(onnx: Path, proof: Proof, count: MacCount, reference: ReferenceRun,
                 "detections": [dict(group) for group in reference.detections],
             },
             "coverage": dict(proof.sensitivity),
+            **({} if origin.merged is None else {"merged": origin.merged.to_json()}),
         }
     )
     return content
