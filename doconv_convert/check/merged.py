@@ -22,8 +22,10 @@ from doconv_convert.check.onnx_files.leftovers import leftover_composition
 from doconv_convert.check.onnx_files.model import read_model
 from doconv_convert.check.onnx_files.tensors import elements
 from doconv_convert.check.status import Status
+from doconv_convert.rewrite.linear.evaluate import fits_onnx
 from doconv_convert.rewrite.linear.onnx_steps import read_steps
-from doconv_convert.rewrite.linear.regions import Found, Merge, find_regions
+from doconv_convert.rewrite.linear.regions import find_regions
+from doconv_convert.rewrite.linear.steps import Found, Merge
 from doconv_convert.words import counted
 
 # Operators that a region may consist of: others must be as many as before, these at most.
@@ -82,7 +84,7 @@ def check_merged_graph(baseline: Path, candidate: Path, merged: Merged) -> Statu
 
 def regions_of(path: Path, merge: Merge) -> Found:
     """The linear regions of a file's main graph."""
-    return find_regions(read_steps(ir.load(path).graph), merge)
+    return find_regions(read_steps(ir.load(path).graph), merge, fits_onnx)
 
 
 def value_hash(values: np.ndarray[Any, Any]) -> str:

@@ -9,22 +9,29 @@ import typer
 
 from doconv_convert.cli import options as o
 from doconv_convert.cli.console import Output, check_failed, output
+from doconv_convert.errors import UsageError
 from doconv_convert.words import counted
 
 if TYPE_CHECKING:
+    from doconv_convert.rewrite.linear.steps import Merge
     from doconv_convert.workflows.fold_result import FoldResult
 
+_FILE_STEPS = {"folding": 0.4, "proving": 0.6}
 _STEPS = {"loading": 0.27, "folding": 0.03, "exporting": 0.66, "proving": 0.04}
 
 
 def fold(
-    checkpoint: Annotated[Path, typer.Argument(help="A file of ours, a state dict, a foreign DO-Conv checkpoint.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(help="A file of ours, a state dict, a foreign DO-Conv checkpoint; or, with --merge, ONNX."),
+    ],
     model: Annotated[
         str | None,
         typer.Option("--model", metavar="SOURCE", help="The network it belongs to, unless the file says so."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the plain state dict (.safetensors).")
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE", help="Write the plain state dict (.safetensors), or ONNX."),
     ] = None,
     onnx: Annotated[Path | None, typer.Option("--onnx", metavar="FILE", help="Export to ONNX and prove it.")] = None,
     model_args: o.ModelArgs = None,
@@ -57,9 +64,15 @@ def fold(
     """Fold DO-Conv layers into ordinary convolutions; with --onnx export and prove that nothing changed."""
     from doconv_convert.artifacts.export.child_process import waiting_children
 
+    as_json, github = o.chosen_format(form, as_json, onnx or checkpoint)
+    if checkpoint.suffix == ".onnx":
+        with output(as_json, quiet, debug, _FILE_STEPS, github=github) as shown:
+            if model is not None or onnx is not None:
+                raise UsageError("fold: an ONNX file takes --merge and -o FILE.onnx, no --model and no --onnx.")
+            _merge_file(shown, checkpoint, out, merge.value, input_shape, input_file)
+        return
     # The exporting processes import torch while this one does too, and folds.
     children = 0 if onnx is None else 1 if no_verify else 2
-    as_json, github = o.chosen_format(form, as_json, onnx or checkpoint)
     with output(as_json, quiet, debug, _STEPS, github=github) as shown, waiting_children(children) as waiting:
         o.check_report(report, checkpoint, out, onnx)
         from doconv_convert.workflows.fold_request import FoldRequest
@@ -92,6 +105,25 @@ def fold(
         _show(shown, result)
         if result.proof is not None and result.proof.failed:
             check_failed()
+
+
+def _merge_file(
+    shown: Output, file: Path, out: Path | None, merge: Merge, shapes: list[str] | None, samples: Path | None
+) -> None:
+    """From ONNX to ONNX, without torch."""
+    from doconv_convert.workflows.merge_file import MergeRequest, merge_file
+
+    if out is None:
+        raise UsageError("fold: name what to write with -o FILE.onnx.")
+    result = merge_file(MergeRequest(file, out, merge, shapes or (), samples), shown.step)
+    shown.document = result.to_json()
+    shown.proof(result.proof)
+    before, after = result.nodes
+    regions, left = counted(len(result.merged.regions), "linear region"), len(result.merged.left)
+    shown.say(f"{regions} merged, {left} left; {before} nodes before, {after} after")
+    shown.say("nothing was written: a check failed" if result.written is None else f"wrote {result.written}")
+    if result.proof.failed:
+        check_failed()
 
 
 def _show(shown: Output, result: FoldResult) -> None:

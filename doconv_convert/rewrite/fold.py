@@ -21,7 +21,7 @@ from doconv_convert.rewrite.linear.merge import (
     find_in_model,
     merge_in_place,
 )
-from doconv_convert.rewrite.linear.regions import MERGES, Merge
+from doconv_convert.rewrite.linear.steps import MERGES, Merge
 from doconv_convert.rewrite.linear.wide import in_float64
 from doconv_convert.rewrite.passes import check_kernels, fold_kernels, kernel_factors
 from doconv_convert.words import counted

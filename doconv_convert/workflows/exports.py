@@ -23,7 +23,7 @@ from doconv_convert.check.onnx_files.model import onnx_input_shapes
 from doconv_convert.check.outputs.expected import ReferenceRun
 from doconv_convert.check.torch_runs.memory import is_large, release_weights, restore_weights
 from doconv_convert.check.torch_runs.reference_run import reference_run, resized_reference_run
-from doconv_convert.rewrite.linear.regions import Merge
+from doconv_convert.rewrite.linear.steps import Merge
 from doconv_convert.workflows.trained_model import TrainedCheckpoint, fold_trained, load_again
 
 Sides = tuple[ReferenceRun, ReferenceRun | None]

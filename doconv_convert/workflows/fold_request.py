@@ -10,7 +10,7 @@ from typing import Any
 from doconv_convert.artifacts.checkpoints.unwrap import Selection
 from doconv_convert.artifacts.export.job import Flags
 from doconv_convert.errors import UsageError
-from doconv_convert.rewrite.linear.regions import Merge
+from doconv_convert.rewrite.linear.steps import Merge
 from doconv_convert.rewrite.options import Options
 
 

@@ -19,7 +19,7 @@ from doconv_convert.rewrite.fold import FoldReport, merge_notes
 from doconv_convert.rewrite.fold_kernels import FOLD_TOLERANCE
 from doconv_convert.rewrite.layer_stats import Layer, trained_layers
 from doconv_convert.rewrite.linear.region_check import REGION_TOLERANCE
-from doconv_convert.rewrite.linear.regions import Merge
+from doconv_convert.rewrite.linear.steps import Merge
 from doconv_convert.words import counted
 from doconv_convert.workflows.trained_model import TrainedCheckpoint
 

@@ -16,7 +16,7 @@ from doconv_convert.artifacts.sources.unsaved import require_reproducible
 from doconv_convert.errors import UsageError
 from doconv_convert.rewrite.convert import copy_model
 from doconv_convert.rewrite.fold import FoldReport, fold_in_place
-from doconv_convert.rewrite.linear.regions import Merge
+from doconv_convert.rewrite.linear.steps import Merge
 from doconv_convert.rewrite.options import Options
 from doconv_convert.rewrite.tracing import set_eval_mode
 

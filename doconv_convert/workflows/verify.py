@@ -16,7 +16,7 @@ from doconv_convert.check.outputs.compare import Array
 from doconv_convert.check.proof import check_graph, check_macs, prove
 from doconv_convert.check.status import Proof, Status
 from doconv_convert.errors import DoconvError, UsageError
-from doconv_convert.rewrite.linear.regions import Merge
+from doconv_convert.rewrite.linear.steps import Merge
 from doconv_convert.rewrite.options import Options
 from doconv_convert.workflows.onnx_samples import onnx_samples
 

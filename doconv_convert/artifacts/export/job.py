@@ -10,7 +10,7 @@ from typing import Any
 
 from doconv_convert.artifacts.checkpoints.unwrap import Selection
 from doconv_convert.artifacts.sources.source import Source
-from doconv_convert.rewrite.linear.regions import Merge
+from doconv_convert.rewrite.linear.steps import Merge
 from doconv_convert.rewrite.options import Options
 
 _PATHS = ("state_file", "inputs_file", "path", "checkpoint")

@@ -32,7 +32,7 @@ from doconv_convert.errors import DoconvError, UsageError
 from doconv_convert.rewrite.discover import discover
 from doconv_convert.rewrite.foreign.authors import authors_sites
 from doconv_convert.rewrite.linear.merge import InferenceModule
-from doconv_convert.rewrite.linear.regions import Merge
+from doconv_convert.rewrite.linear.steps import Merge
 from doconv_convert.rewrite.observe import run_model
 from doconv_convert.rewrite.sites import site_name
 from doconv_convert.rewrite.tracing import set_eval_mode

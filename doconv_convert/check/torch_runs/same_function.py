@@ -23,7 +23,7 @@ from doconv_convert.check.torch_runs.float64 import Runs, float64_runs, output_t
 from doconv_convert.nn.cached import precomposed
 from doconv_convert.rewrite.convert import copy_model
 from doconv_convert.rewrite.fold import fold_in_place
-from doconv_convert.rewrite.linear.regions import Merge
+from doconv_convert.rewrite.linear.steps import Merge
 from doconv_convert.rewrite.observe import run_model
 from doconv_convert.rewrite.tracing import set_eval_mode, undisturbed
 from doconv_convert.words import listed

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from doconv_convert.rewrite.fx_graph import attribute
 from doconv_convert.rewrite.linear.operations import Combination, Scale, by_constant
 from doconv_convert.rewrite.linear.reasons import Declined, Reason
-from doconv_convert.rewrite.linear.regions import PASSES_ON, Kind, Operation, Step
+from doconv_convert.rewrite.linear.steps import PASSES_ON, Kind, Operation, Step
 from doconv_convert.rewrite.linear.torch_operations import (
     array,
     convolution,

@@ -16,16 +16,12 @@ from torch import fx, nn
 
 from doconv_convert.errors import DoconvError
 from doconv_convert.rewrite.fx_graph import reads_metadata
+from doconv_convert.rewrite.linear.evaluate import fits_torch, shown_macs
 from doconv_convert.rewrite.linear.fx_steps import FxSteps
 from doconv_convert.rewrite.linear.reasons import Reason
 from doconv_convert.rewrite.linear.region_check import REGION_TOLERANCE, layer_of, region_error
-from doconv_convert.rewrite.linear.regions import (
-    DeclinedRegion,
-    LinearRegion,
-    Merge,
-    find_regions,
-    shown_macs,
-)
+from doconv_convert.rewrite.linear.regions import find_regions
+from doconv_convert.rewrite.linear.steps import DeclinedRegion, LinearRegion, Merge
 from doconv_convert.rewrite.tracing import WRITTEN, trace
 
 _COMPARISONS = (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.getitem)
@@ -134,7 +130,7 @@ def _sites(module: nn.Module, path: str, merge: Merge, visited: set[int]) -> Ite
     visited.add(id(module))
     gm = _traced(module)
     if gm is not None:
-        found = find_regions(FxSteps(gm).steps, merge, even_padding=True)
+        found = find_regions(FxSteps(gm).steps, merge, fits_torch)
         # the nodes of a graph of the user's own tell of another model's modules
         scopes = {node.name: () if isinstance(module, fx.GraphModule) else _scopes(node) for node in gm.graph.nodes}
         every: list[LinearRegion | DeclinedRegion] = [*found.regions, *found.declined]
@@ -219,7 +215,7 @@ def _merge_module(
     reading = FxSteps(gm)
     nodes = {node.name: node for node in gm.graph.nodes}
     exact = []
-    for region in find_regions(reading.steps, merge, even_padding=True).regions:
+    for region in find_regions(reading.steps, merge, fits_torch).regions:
         error, sizes = region_error(reading, [nodes[step.name] for step in region.steps], nodes[region.entry], region)
         if error <= REGION_TOLERANCE:
             exact.append((region, error, sizes))

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from doconv_convert.rewrite.linear.affine import AffineConv, Array
 from doconv_convert.rewrite.linear.operations import AveragePool, Combination, ZeroPad, batch_norm, by_constant
 from doconv_convert.rewrite.linear.reasons import Declined, Reason
-from doconv_convert.rewrite.linear.regions import PASSES_ON, Kind, Operation, Step
+from doconv_convert.rewrite.linear.steps import PASSES_ON, Kind, Operation, Step
 
 OUTPUTS = "<outputs>"
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -165,7 +165,7 @@ def _batch_norm(node: ir.Node, data: ir.Value) -> OnnxNode | None:
     weight, bias, mean, variance = (constant(value) for value in node.inputs[1:5])
     if weight is None or bias is None or mean is None or variance is None:
         return None
-    epsilon = float(str(np.float32(_attribute(node, "epsilon", 1e-5))))  # the number that the float32 stands for
+    epsilon = float(_attribute(node, "epsilon", np.float32(1e-5)))  # as the file has it, in float32
     return OnnxNode(batch_norm(mean, variance, weight, bias, epsilon), "batch norm", (data,), _own(node.inputs[1:3]))
 
 

@@ -14,7 +14,7 @@ class Reason(enum.Enum):
     STRIDES = "branches of different strides"
     SIZES = "branches whose outputs differ in size"
     CHANNELS = "operands that broadcast instead of agreeing in channels and rank"
-    UNEVEN_PADDING = "pads that differ on the two sides, which a layer of torch cannot have"
+    PADDING = "pads that one convolution layer cannot have: differing on two sides in torch, or negative"
     PADDING_MODE = "padding by other values than zeros"
     BATCH_STATISTICS = "a normalization by the statistics of the batch"
     INPUT_DEPENDENT = "a kernel that depends on the input"

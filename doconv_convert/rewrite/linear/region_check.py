@@ -10,8 +10,9 @@ from torch import Tensor, fx, nn
 
 from doconv_convert.rewrite.fold_kernels import relative_distance
 from doconv_convert.rewrite.linear.affine import AffineConv
+from doconv_convert.rewrite.linear.evaluate import check_sizes
 from doconv_convert.rewrite.linear.fx_steps import FxSteps, run_node
-from doconv_convert.rewrite.linear.regions import LinearRegion, region_macs
+from doconv_convert.rewrite.linear.steps import LinearRegion
 
 # Two float64 sums of at most a few ten thousand terms. The largest seen over timm's families is 2e-14 (docs).
 REGION_TOLERANCE = 1e-12
@@ -46,18 +47,6 @@ def region_error(
             if worst != worst:  # NaN: max() could lose it
                 return float("inf"), tuple(sizes)
     return worst, tuple(sizes)
-
-
-def check_sizes(region: LinearRegion) -> list[tuple[int, ...]]:
-    """Spatial sizes for a region's own check; axes differ from each other."""
-    rank, extent = region.conv.rank, max(region.conv.extent)
-    runs = [
-        size
-        for n in range(1, 4 * extent + 64)
-        if region_macs(region.steps, region.entry, size := tuple(n + axis for axis in range(rank))) is not None
-    ]
-    larger = [size for size in runs if size[0] >= extent + 3]
-    return [*runs[:1], *larger[:2]]
 
 
 def layer_of(conv: AffineConv) -> nn.Module:

@@ -15,7 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from doconv_convert.rewrite.linear.affine import AffineConv, Array
 from doconv_convert.rewrite.linear.operations import AveragePool, Scale, ZeroPad, batch_norm
 from doconv_convert.rewrite.linear.reasons import Declined, Reason
-from doconv_convert.rewrite.linear.regions import PASSES_ON, Kind, Operation
+from doconv_convert.rewrite.linear.steps import PASSES_ON, Kind, Operation
 
 _CONVS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 _TRANSPOSED: dict[type[nn.Module], int] = {nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3}

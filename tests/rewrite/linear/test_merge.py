@@ -246,7 +246,7 @@ def test_other_ways_to_write_it(way: str) -> None:
         ("reflection", Reason.PADDING_MODE),
         ("broadcast", Reason.CHANNELS),
         ("sizes", Reason.SIZES),
-        ("uneven", Reason.UNEVEN_PADDING),
+        ("uneven", Reason.PADDING),
     ],
 )
 def test_what_is_no_convolution_is_declined_with_its_reason(way: str, reason: Reason) -> None:
@@ -349,11 +349,11 @@ def test_other_ranks_and_transposed_convolutions(rank: int, transposed: bool) ->
 
 def test_an_own_check_that_fails_declines_the_region(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the algebra gets wrong, the region's own forward tells."""
-    from doconv_convert.rewrite.linear import regions
+    from doconv_convert.rewrite.linear import evaluate
 
-    right = regions.scaled
+    right = evaluate.scaled
     monkeypatch.setattr(
-        regions, "scaled", lambda conv, scale: right(conv, type(scale)(scale.weight, scale.bias * 1.01))
+        evaluate, "scaled", lambda conv, scale: right(conv, type(scale)(scale.weight, scale.bias * 1.01))
     )
     model = trained(Net(RepVGG).double())
     report = fold_in_place(copy.deepcopy(model), merge="branches")
