@@ -67,9 +67,7 @@ def fold(
     as_json, github = o.chosen_format(form, as_json, onnx or checkpoint)
     if checkpoint.suffix == ".onnx":
         with output(as_json, quiet, debug, _FILE_STEPS, github=github) as shown:
-            if model is not None or onnx is not None:
-                raise UsageError("fold: an ONNX file takes --merge and -o FILE.onnx, no --model and no --onnx.")
-            _merge_file(shown, checkpoint, out, merge.value, input_shape, input_file)
+            _merge_file(shown, checkpoint, out, merge.value, input_shape, input_file, others=(model, onnx))
         return
     # The exporting processes import torch while this one does too, and folds.
     children = 0 if onnx is None else 1 if no_verify else 2
@@ -99,22 +97,23 @@ def fold(
         o.announce_code(shown, model)
         from doconv_convert.workflows.fold import fold_checkpoint
 
-        result = fold_checkpoint(request, waiting=waiting, progress=shown.step)
-        shown.document = result.to_json()
-        o.write_report(report, "fold", shown)
-        _show(shown, result)
-        if result.proof is not None and result.proof.failed:
-            check_failed()
+        _show(shown, fold_checkpoint(request, waiting=waiting, progress=shown.step), report)
 
 
 def _merge_file(
-    shown: Output, file: Path, out: Path | None, merge: Merge, shapes: list[str] | None, samples: Path | None
+    shown: Output,
+    file: Path,
+    out: Path | None,
+    merge: Merge,
+    shapes: list[str] | None,
+    samples: Path | None,
+    others: tuple[object, object],
 ) -> None:
-    """From ONNX to ONNX, without torch."""
+    """From ONNX to ONNX, without torch; `others` are options that go with a checkpoint."""
     from doconv_convert.workflows.merge_file import MergeRequest, merge_file
 
-    if out is None:
-        raise UsageError("fold: name what to write with -o FILE.onnx.")
+    if out is None or others != (None, None):
+        raise UsageError("fold: an ONNX file takes --merge and -o FILE.onnx, no --model and no --onnx.")
     result = merge_file(MergeRequest(file, out, merge, shapes or (), samples), shown.step)
     shown.document = result.to_json()
     shown.proof(result.proof)
@@ -126,9 +125,12 @@ def _merge_file(
         check_failed()
 
 
-def _show(shown: Output, result: FoldResult) -> None:
+def _show(shown: Output, result: FoldResult, report: Path | None) -> None:
+    shown.document = result.to_json()
+    o.write_report(report, "fold", shown)
     for note in result.notes:
         shown.say(note)
+    _show_merged(shown, result)
     written = "wrote " + ", ".join(map(str, result.written))
     if result.proof is None or result.export is None:
         shown.say(f"folded {counted(len(result.folded), 'kernel')}; {written}")
@@ -140,3 +142,36 @@ def _show(shown: Output, result: FoldResult) -> None:
     batch = "dynamic" if result.export.dynamic_batch else "static"
     shown.say(f"opset {result.export.opset}, {result.export.exporter} exporter, {batch} batch")
     shown.say("nothing was written: a check failed" if result.proof.failed else written)
+    if result.proof.failed:
+        check_failed()
+
+
+def _show_merged(shown: Output, result: FoldResult) -> None:
+    """A row a region: what it was, what it is."""
+    if result.merged is None or not result.merged.regions:
+        return
+    head = [
+        "merged into",
+        "nodes",
+        "convs",
+        "norms",
+        "kernel",
+        "MACs before",
+        "MACs",
+        "params before",
+        "params",
+        "error",
+    ]
+    rows = [
+        [
+            region["name"],
+            len(region["nodes"]),
+            region["convolutions"],
+            region["batch_norms"],
+            "x".join(map(str, region["kernel"])),
+            *(region[key] for key in ("macs_before", "macs", "parameters_before", "parameters")),
+            f"{region['error']:.0e}",
+        ]
+        for region in result.merged.regions
+    ]
+    shown.table(head, rows, right=(1, 2, 3, 5, 6, 7, 8, 9))

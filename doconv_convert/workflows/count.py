@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from doconv_convert.artifacts.export.job import Flags
 from doconv_convert.check.macs.counting import compare_counts, count_macs, dynamic_dims
+from doconv_convert.check.macs.regions import RegionLeft, regions_left
 from doconv_convert.check.macs.result import MacCount
 from doconv_convert.errors import UsageError
 
@@ -24,6 +25,7 @@ class CountRequest:
     model: str
     against: str | None = None
     most: int | None = None
+    max_regions: int | None = None
     dims: Mapping[str, int] = field(default_factory=dict)
     ignore: Sequence[str] = ()
     model_args: Mapping[str, Any] = field(default_factory=dict)
@@ -37,6 +39,12 @@ class CountResult:
     request: CountRequest
     count: MacCount
     differences: tuple[str, ...] = ()
+    regions: tuple[RegionLeft, ...] = ()
+
+    @property
+    def few_regions(self) -> bool:
+        """Whether no more linear regions are left than asked for; True where nothing was asked."""
+        return self.request.max_regions is None or len(self.regions) <= self.request.max_regions
 
     @property
     def within(self) -> bool:
@@ -46,7 +54,7 @@ class CountResult:
 
     @property
     def failed(self) -> bool:
-        return not self.within or bool(self.differences)
+        return not self.within or not self.few_regions or bool(self.differences)
 
     def to_json(self) -> dict[str, Any]:
         asked, count = self.request, self.count
@@ -58,6 +66,10 @@ class CountResult:
             "uncounted": count.uncounted,
             "assumed": count.assumed,
         }
+        if self.regions or asked.max_regions is not None:
+            document["linear_regions"] = [asdict(region) for region in self.regions]
+        if asked.max_regions is not None:
+            document |= {"max_regions": asked.max_regions, "few_regions": self.few_regions}
         if asked.most is not None:
             document |= {"max": asked.most, "within": self.within}
         if asked.against is not None:
@@ -78,21 +90,34 @@ def count_models(request: CountRequest) -> CountResult:
             have = sorted({one for names in known.values() for one in names}) or "none"
             raise UsageError(f"`dims`: no dynamic dimension is named '{name}', the files have {have}.")
     counts = [_count(model, known.get(model), request) for model in models]
-    differences = compare_counts(counts[1], counts[0]) if request.against is not None else ()
-    return CountResult(request, counts[0], tuple(differences))
+    differences = compare_counts(counts[1][0], counts[0][0]) if request.against is not None else ()
+    return CountResult(request, counts[0][0], tuple(differences), counts[0][1])
 
 
-def _count(model: str, dims: Sequence[str] | None, request: CountRequest) -> MacCount:
+Counted = tuple[MacCount, tuple[RegionLeft, ...]]
+
+
+def _count(model: str, dims: Sequence[str] | None, request: CountRequest) -> Counted:
     if dims is None:
-        return count_source(model, request.model_args, request.input_shapes, request.ignore)
-    bound = {name: size for name, size in request.dims.items() if name in dims}
-    return count_macs(model, bound, request.ignore)
+        return _count_source(model, request.model_args, request.input_shapes, request.ignore)
+    return _count_file(Path(model), {n: size for n, size in request.dims.items() if n in dims}, request.ignore)
+
+
+def _count_file(path: Path, dims: Mapping[str, int] | None, ignore: Sequence[str]) -> Counted:
+    count = count_macs(path, dims, ignore)
+    return count, regions_left(path, count, dims, ignore)
 
 
 def count_source(
     text: str, model_args: Mapping[str, Any], input_shapes: Sequence[str], ignore: Sequence[str] = ()
 ) -> MacCount:
     """MACs of one sample of a SOURCE's plain network, counted on its ONNX export."""
+    return _count_source(text, model_args, input_shapes, ignore)[0]
+
+
+def _count_source(
+    text: str, model_args: Mapping[str, Any], input_shapes: Sequence[str], ignore: Sequence[str]
+) -> Counted:
     from doconv_convert.artifacts.models import find_inputs, is_checkpoint, open_model
     from doconv_convert.rewrite.fold import fold_in_place
     from doconv_convert.workflows.exports import export_baseline, is_dynamic
@@ -116,4 +141,4 @@ def count_source(
         baseline = export(folder, Flags())
         if not (inputs.image_list or is_dynamic(baseline)):  # its count would be that of the traced batch
             baseline = export(folder, Flags(dynamic_batch=False), inputs.fixed_batch or 1)
-        return count_macs(baseline, ignore=ignore)
+        return _count_file(baseline, None, ignore)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -352,9 +353,11 @@ def test_an_own_check_that_fails_declines_the_region(monkeypatch: pytest.MonkeyP
     from doconv_convert.rewrite.linear import evaluate
 
     right = evaluate.scaled
-    monkeypatch.setattr(
-        evaluate, "scaled", lambda conv, scale: right(conv, type(scale)(scale.weight, scale.bias * 1.01))
-    )
+
+    def wrong(conv: Any, scale: Any) -> Any:
+        return right(conv, replace(scale, bias=scale.bias * 1.01))
+
+    monkeypatch.setattr(evaluate, "scaled", wrong)
     model = trained(Net(RepVGG).double())
     report = fold_in_place(copy.deepcopy(model), merge="branches")
     assert report.merged == []
