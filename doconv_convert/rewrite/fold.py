@@ -129,10 +129,8 @@ def merge_notes(report: FoldReport, merge: Merge) -> tuple[str, ...]:
         convolutions = sum(region.count("convolution") for region in regions)
         if not regions:
             return ()
-        return (
-            f"{counted(len(regions), 'linear region')} of {counted(convolutions, 'convolution')} left as they are; "
-            f"`merge` branches makes one convolution of each",
-        )
+        found = f"{counted(len(regions), 'linear region')} with {counted(convolutions, 'convolution')}"
+        return (f"left as they are: {found}; `merge` branches makes one convolution of each",)
     reasons = Counter(region.reason for region in report.left)
     return tuple(f"{counted(count, 'linear region')} left: {reason}" for reason, count in sorted(reasons.items()))
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from doconv_convert.rewrite.discover import Discovery, discover
+from doconv_convert.rewrite.linear.merge import find_in_model
 from doconv_convert.rewrite.options import Options
 from doconv_convert.rewrite.sites import Action, Site, decide
+from doconv_convert.words import counted
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,14 @@ class PlanRow:
 @dataclass(frozen=True)
 class Plan:
     """What `to_doconv` would do. `not_looked_into` names modules whose own forward could neither be traced nor
-    was run: a functional convolution in there would be missed (its layers are not)."""
+    was run: a functional convolution in there would be missed (its layers are not). `linear_regions` are branches that
+    `fold(merge="branches")` would make one convolution each of, with `region_convolutions` in them now."""
 
     model: str
     rows: list[PlanRow]
     not_looked_into: list[str]
+    linear_regions: int = 0
+    region_convolutions: int = 0
 
     @property
     def added_parameters(self) -> int:
@@ -61,6 +66,16 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "added_parameters": self.added_parameters, "counts": self.counts()}
 
+    @property
+    def note_on_regions(self) -> tuple[str, ...]:
+        """A sentence on the linear regions, where there are some."""
+        if not self.linear_regions:
+            return ()
+        found = (
+            f"{counted(self.linear_regions, 'linear region')} with {counted(self.region_convolutions, 'convolution')}"
+        )
+        return (f'{found}: fold(merge="branches"), `fold --merge branches`, ships one convolution of each.',)
+
     def __str__(self) -> str:
         head = ["name", "kind", "kernel", "groups", "D_mul", "added", "calls", "output", "MACs", "action"]
         lines = [[_text(value) for value in _cells(row)] for row in self.rows]
@@ -72,7 +87,7 @@ class Plan:
         summary = ", ".join(f"{count} {what}" for what, count in self.counts().items()) or "no convolution"
         table.append(f"{self.model}: {summary}; {self.added_parameters:,} parameters added for training.")
         table += [f"not looked into: '{path or self.model}' (pass example_inputs)" for path in self.not_looked_into]
-        return "\n".join(table)
+        return "\n".join([*table, *self.note_on_regions])
 
 
 def plan(
@@ -103,7 +118,14 @@ def plan(
     """
     discovery = discover(model, example_inputs)
     decide(discovery.sites, Options(d_mul, include, exclude, pointwise, max_d_params))
-    return as_plan(discovery)
+    return with_regions(as_plan(discovery), model)
+
+
+def with_regions(planned: Plan, model: nn.Module) -> Plan:
+    """The plan with the linear regions of its model, which has no DO-Conv layers yet, counted."""
+    regions = find_in_model(model)
+    convolutions = sum(region.count("convolution") for region in regions)
+    return replace(planned, linear_regions=len(regions), region_convolutions=convolutions)
 
 
 def as_plan(discovery: Discovery) -> Plan:

@@ -21,7 +21,7 @@ from doconv_convert.rewrite.discover import discover
 from doconv_convert.rewrite.foreign.authors import authors_sites
 from doconv_convert.rewrite.foreign.resume import Continued, continue_foreign
 from doconv_convert.rewrite.options import Options
-from doconv_convert.rewrite.plan import Plan, as_plan
+from doconv_convert.rewrite.plan import Plan, as_plan, with_regions
 from doconv_convert.rewrite.sites import decide
 
 
@@ -86,6 +86,7 @@ def convert_source(request: ConvertRequest, *, progress: Callable[[str], None] =
     planned = _plan(original, example, request.options) if foreign is None else foreign.plan
     expected = cost(planned, original, batch=request.batch, measured_batch=samples)
     notes = opened.notes if foreign is None else (*opened.notes, *foreign.told())
+    notes = (*notes, *planned.note_on_regions)
     same = ""
     if request.out is not None:
         progress("comparing with the original")
@@ -102,7 +103,7 @@ def convert_source(request: ConvertRequest, *, progress: Callable[[str], None] =
 def _plan(model: Any, example: Any, options: Options) -> Plan:
     discovery = discover(model, example)
     decide(discovery.sites, options)
-    return as_plan(discovery)
+    return with_regions(as_plan(discovery), model)
 
 
 def _save_continued(opened: SourceModel, foreign: Continued, example: Any, out: Path) -> str:

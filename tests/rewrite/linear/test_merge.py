@@ -131,7 +131,7 @@ def test_none_changes_nothing_and_says_what_is_left(caplog: pytest.LogCaptureFix
     model = trained(Net(RepVGG))
     with caplog.at_level(logging.WARNING):
         same = fold(model)
-    assert "2 linear regions of 4 convolutions left as they are; `merge` branches makes one" in caplog.text
+    assert "left as they are: 2 linear regions with 4 convolutions; `merge` branches makes one" in caplog.text
     assert [type(m) for m in same.modules()] == [type(m) for m in model.modules()]
     assert all(torch.equal(a, b) for a, b in zip(same.state_dict().values(), model.state_dict().values(), strict=True))
     caplog.clear()
