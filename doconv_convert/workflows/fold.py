@@ -142,6 +142,7 @@ def fold_and_prove(
     with _workspace(onnx) as workspace, threads_beside(beside):
         state, plain_state = workspace / "original.safetensors", workspace / "plain.safetensors"
         save(whole.model, state, source=None if folded.by_graph else loaded.source)
+        whole = folded  # a large one's memory is wanted below
         if plain is not None:
             save(folded.model, plain_state, source=plain_source)
         candidate, baseline = workspace / onnx.name, workspace / f"baseline-{onnx.name}"

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from doconv_convert.rewrite.fx_graph import attribute
-from doconv_convert.rewrite.linear.operations import Combination, Scale, by_constant
+from doconv_convert.rewrite.linear.operations import Combination, by_constant
 from doconv_convert.rewrite.linear.reasons import Declined, Reason
 from doconv_convert.rewrite.linear.steps import PASSES_ON, Kind, Operation, Step
 from doconv_convert.rewrite.linear.torch_operations import (
@@ -56,7 +56,7 @@ _CONSTANT_CALLS = (
 )
 
 
-_Read = tuple[Operation, Kind, Sequence[Any], int] | None
+_Read = tuple[Operation, Kind, Sequence[Any], tuple[tuple[str, int], ...]] | None
 
 
 def run_node(gm: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
@@ -79,9 +79,6 @@ class FxSteps:
         self.gm = gm
         self.constants: dict[fx.Node, Any] = {}
         self.steps: list[Step] = []
-        calls = [node.target for node in gm.graph.nodes if node.op == "call_module"]
-        modules = [id(gm.get_submodule(str(target))) for target in calls]
-        self.shared = {module for module in modules if modules.count(module) > 1}
         for node in gm.graph.nodes:
             self._read_constant(node)
             self.steps.append(self._step(node))
@@ -137,14 +134,14 @@ class FxSteps:
             return None
         value: list[fx.Node] = [data[0]]
         if target in (*_SAME, "clone", "contiguous") or (target in _DROPOUT_CALLS and not _training(node)):
-            return PASSES_ON, "other", value, 0
+            return PASSES_ON, "other", value, ()
         if target in _POOL_CALLS:
             mean = pool(_named(node, _POOL_ARGUMENTS), _POOL_CALLS[target])
-            return None if mean is None else (mean, "other", value, 0)
+            return None if mean is None else (mean, "other", value, ())
         if target is F.pad:
             given = _named(node, ("input", "pad", "mode", "value"))
             pads = zero_pad(given["pad"], given.get("mode", "constant"), given.get("value"))
-            return None if pads is None else (pads, "other", value, 0)
+            return None if pads is None else (pads, "other", value, ())
         return None
 
     def _read_module(self, node: fx.Node) -> _Read:
@@ -157,8 +154,7 @@ class FxSteps:
             return None
         if _has_hooks(module):
             raise Declined(Reason.HOOK)
-        parameters = 0 if id(module) in self.shared else sum(p.numel() for p in module.parameters())
-        return operation, kind, [data[0]], parameters
+        return operation, kind, [data[0]], tuple((str(id(p)), p.numel()) for p in module.parameters())
 
     def _read_conv_call(self, node: fx.Node) -> _Read:
         transposed = node.target in _TRANSPOSED_CALLS
@@ -171,8 +167,7 @@ class FxSteps:
             raise Declined(Reason.INPUT_DEPENDENT)
         rank = (_TRANSPOSED_CALLS if transposed else _CONV_CALLS)[node.target]
         operation = convolution(values[0], values[1], given, rank, transposed)
-        parameters = sum(value.numel() for value in values if value is not None)
-        return operation, "convolution", [given["input"]], parameters
+        return operation, "convolution", [given["input"]], _sizes((kernel, bias), values)
 
     def _read_norm_call(self, node: fx.Node) -> _Read:
         given = _named(node, _NORM_ARGUMENTS)
@@ -185,14 +180,13 @@ class FxSteps:
         if values[0] is None or values[1] is None:
             raise Declined(Reason.BATCH_STATISTICS)
         scale = norm(values[0], values[1], values[2], values[3], epsilon=given.get("eps", 1e-5))
-        parameters = sum(value.numel() for value in values[2:] if value is not None)
-        return scale, "batch norm", [given["input"]], parameters
+        return scale, "batch norm", [given["input"]], _sizes(tensors[2:], values[2:])
 
     def _read_arithmetic(self, node: fx.Node) -> _Read:
         target, kwargs = node.target, dict(node.kwargs)
         operands: list[Any] = [*node.args, *(kwargs.pop(name) for name in ("input", "other") if name in kwargs)]
         if len(operands) == 1 and not kwargs:
-            return Combination((-1.0,)), "other", [operands[0]], 0
+            return Combination((-1.0,)), "other", [operands[0]], ()
         alpha = kwargs.pop("alpha", 1)
         if len(operands) != 2 or kwargs or not isinstance(alpha, int | float):
             return None
@@ -201,7 +195,7 @@ class FxSteps:
         if target in _SUMS:
             factors = (1.0, _SUMS[target] * alpha)
             if len(data) == 2:
-                return Combination(factors), "other", data, 0
+                return Combination(factors), "other", data, ()
             first = operands[0] is data[0]
             own, other = factors if first else factors[::-1]
             return self._with_constant(data[0], constants[0], lambda c: (own, other * c))
@@ -220,8 +214,12 @@ class FxSteps:
             return None
         values = array(constant) if isinstance(constant, Tensor) else float(constant)
         operation = by_constant(values, factors)
-        size = operation.weight.size if isinstance(operation, Scale) else 0
-        return None if operation is None else (operation, "other", [data], size)
+        return None if operation is None else (operation, "other", [data], ())
+
+
+def _sizes(nodes: Sequence[Any], values: Sequence[Any]) -> tuple[tuple[str, int], ...]:
+    known = [(node, value) for node, value in zip(nodes, values, strict=True) if value is not None]
+    return tuple((str(node.target if node.op == "get_attr" else node), value.numel()) for node, value in known)
 
 
 def _written(gm: fx.GraphModule, node: fx.Node) -> str | None:

@@ -26,7 +26,7 @@ class OnnxNode:
     operation: Operation
     kind: Kind
     data: tuple[ir.Value, ...]
-    parameters: int = 0
+    parameters: tuple[tuple[str, int], ...] = ()
 
 
 def read_steps(graph: ir.Graph) -> list[Step]:
@@ -118,10 +118,9 @@ def _integers(value: ir.Value | None) -> tuple[int, ...] | None:
     return None if tensor is None else tuple(int(one) for one in np.asarray(tensor.numpy()).reshape(-1))
 
 
-def _own(values: Sequence[ir.Value | None]) -> int:
-    """How many parameters go with a node: those that no other node reads."""
-    sizes = [constant(value) for value in values if value is not None and len(value.uses()) == 1]
-    return sum(size.size for size in sizes if size is not None)
+def _parameters(values: Sequence[ir.Value | None]) -> tuple[tuple[str, int], ...]:
+    known = [(value, constant(value)) for value in values if value is not None]
+    return tuple((_name(value), array.size) for value, array in known if array is not None)
 
 
 def _conv(node: ir.Node, data: ir.Value) -> OnnxNode:
@@ -145,7 +144,7 @@ def _conv(node: ir.Node, data: ir.Value) -> OnnxNode:
         padding = tuple((before, after - extra) for (before, after), extra in zip(padding, more, strict=True))
     shift = np.zeros(kernel.shape[0]) if bias is None else bias
     conv = AffineConv(kernel, shift, stride, padding, dilation, groups, transposed)
-    return OnnxNode(conv, "convolution", (data,), _own(node.inputs[1:]))
+    return OnnxNode(conv, "convolution", (data,), _parameters(node.inputs[1:]))
 
 
 def _padding(node: ir.Node, rank: int, extent: tuple[int, ...], stride: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
@@ -166,7 +165,9 @@ def _batch_norm(node: ir.Node, data: ir.Value) -> OnnxNode | None:
     if weight is None or bias is None or mean is None or variance is None:
         return None
     epsilon = float(_attribute(node, "epsilon", np.float32(1e-5)))  # as the file has it, in float32
-    return OnnxNode(batch_norm(mean, variance, weight, bias, epsilon), "batch norm", (data,), _own(node.inputs[1:3]))
+    return OnnxNode(
+        batch_norm(mean, variance, weight, bias, epsilon), "batch norm", (data,), _parameters(node.inputs[1:3])
+    )
 
 
 def _sum(node: ir.Node, data: ir.Value) -> OnnxNode | None:
@@ -197,7 +198,7 @@ def _product(node: ir.Node, data: ir.Value) -> OnnxNode | None:
 
 def _scale(node: ir.Node, data: ir.Value, values: Array, factors: Callable[[Any], tuple[Any, Any]]) -> OnnxNode | None:
     operation = by_constant(values, factors)
-    return None if operation is None else OnnxNode(operation, "other", (data,), _own(node.inputs))
+    return None if operation is None else OnnxNode(operation, "other", (data,), _parameters(node.inputs))
 
 
 def _negative(node: ir.Node, data: ir.Value) -> OnnxNode:

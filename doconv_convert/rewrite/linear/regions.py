@@ -8,6 +8,7 @@ lead through it: that is an input.
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -70,6 +71,7 @@ class _Graph:
         self.users: dict[str, list[str]] = {step.name: [] for step in steps}
         self.readers: dict[str, list[str]] = {}  # of a storage, whatever the value is called
         self.writers: dict[str, list[str]] = {}
+        self.reads = Counter(name for step in steps for name, _ in step.parameters)
         for step in steps:
             for value in step.inputs:
                 self.users[value].append(step.name)
@@ -125,7 +127,7 @@ class _Graph:
         conv = evaluate(steps, candidate.entry)
         if not fits(conv):
             raise Declined(Reason.PADDING)
-        parameters = sum(step.parameters for step in steps)
+        parameters = self._own_parameters(steps)
         for size in SIZES:
             macs = region_macs(steps, candidate.entry, (size,) * conv.rank)
             if macs is not None and conv.macs((size,) * conv.rank) > macs:
@@ -134,6 +136,11 @@ class _Graph:
             raise Declined(Reason.MORE_PARAMETERS)
         shown = region_macs(steps, candidate.entry, (SHOWN_SIZE,) * conv.rank)
         return LinearRegion(steps, candidate.entry, conv, shown or 0, parameters)
+
+    def _own_parameters(self, steps: Sequence[Step]) -> int:
+        """How many parameters would go with the steps: of those that others read too, none."""
+        inside = [parameter for step in steps for parameter in step.parameters]
+        return sum(size for name, size in set(inside) if inside.count((name, size)) == self.reads[name])
 
     def _storage(self, value: str) -> str:
         """The first of the values that a chain of steps which do nothing hands on."""
@@ -146,6 +153,6 @@ class _Graph:
         first, last = self.order[steps[0].name], self.order[steps[-1].name]
         for value in (self._storage(entry), *(self._storage(step.name) for step in steps[:-1])):
             for writer in self.writers.get(value, ()):
-                others = [reader for reader in self.readers[value] if reader != writer]
+                others = [reader for reader in self.readers.get(value, ()) if reader != writer]
                 if others and first <= self.order[writer] <= last:
                     raise Declined(Reason.WRITTEN_IN_PLACE)

@@ -21,7 +21,8 @@ PASSES_ON = Combination((1.0,))
 class Step:
     """One node of a graph: the values it reads, and what it does to them if that is affine, else None.
 
-    `refused` says why a node that looks linear is not; `parameters` are those that go with it; `writes` is the value
+    `refused` says why a node that looks linear is not; `parameters` are the names and sizes of those
+    it reads; `writes` is the value
     that it overwrites.
     """
 
@@ -29,7 +30,7 @@ class Step:
     inputs: tuple[str, ...]
     operation: Operation | None = None
     kind: Kind = "other"
-    parameters: int = 0
+    parameters: tuple[tuple[str, int], ...] = ()
     refused: Reason | None = None
     writes: str | None = None
 
