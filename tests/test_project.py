@@ -91,7 +91,6 @@ def test_the_links_of_the_other_pages_lead_somewhere(page: Path) -> None:
 def test_the_workflows_have_every_job() -> None:
     ci, nightly, release = (loaded(ROOT / f".github/workflows/{name}.yml") for name in ("ci", "nightly", "release"))
     assert {"3.10", "3.13"} <= set(ci["jobs"]["tests"]["strategy"]["matrix"]["python"])
-    assert "--resolution lowest-direct" in scripts(ROOT / ".github/workflows/ci.yml")
     assert nightly[True]["schedule"]  # YAML's `on` is true
     assert "-m pytest -m zoo" in scripts(ROOT / ".github/workflows/nightly.yml")
     assert list(release["jobs"]) == ["build", "test", "attest"]
@@ -99,6 +98,22 @@ def test_the_workflows_have_every_job() -> None:
     assert release["jobs"]["attest"]["permissions"]["attestations"] == "write"
     uses = [step.get("uses", "") for step in release["jobs"]["attest"]["steps"]]
     assert any(one.startswith("actions/attest-build-provenance@") for one in uses)
+
+
+def test_the_lowest_versions_are_all_of_them() -> None:
+    """What the workflow's own line makes of pyproject.toml: an exact version for each dependency, tests' too."""
+    (line,) = re.findall(r"sed .* pyproject\.toml", scripts(ROOT / ".github/workflows/ci.yml"))
+    told = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    wanted = re.findall(r'^    "([\w-]+)>=([\d.]+)', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert told == [f"{name}=={version}" for name, version in wanted]
+    assert {name for name, _ in wanted} >= {"torch", "onnx", "onnxruntime", "numpy", "pytest", "triton"}
+
+
+def test_no_file_names_a_registrys_host() -> None:
+    """Which index packages come from is the machine's own configuration."""
+    hosts = re.compile(r"\b(?:\w+\.)?(?:pypi|pytorch|anaconda)\.org\b|pythonhosted|PIP_(?:EXTRA_)?INDEX_URL")
+    told = [*WORKFLOWS, *ROOT.glob(".ci/*"), *ROOT.glob("docs/**/*.md"), ROOT / "README.md", ROOT / "action.yml"]
+    assert [path.name for path in told if hosts.search(path.read_text(encoding="utf-8"))] == []
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)

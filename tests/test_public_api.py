@@ -11,8 +11,8 @@ import pytest
 import doconv_convert
 
 NAMES = """
-DOConv1d DOConv2d DOConv3d kernel_macs feature_macs cached param_groups check_optimizer ToDOConvPass FoldPass plan
-to_doconv fold save load export_onnx count_macs verify rehearse DoconvError UsageError __version__
+DOConv1d DOConv2d DOConv3d kernel_macs feature_macs cached param_groups check_optimizer lever ToDOConvPass FoldPass plan
+to_doconv fold save load export_onnx count_macs prove verify rehearse DoconvError UsageError __version__
 """
 OBJECTS = {name: getattr(doconv_convert, name) for name in doconv_convert.__all__ if name != "__version__"}
 FUNCTIONS = {name: one for name, one in OBJECTS.items() if inspect.isfunction(one)}

@@ -102,7 +102,7 @@ def _own_samples(opened: SourceModel, file: Path) -> Inputs:
     specs = [InputSpec(name, tuple(t.shape)) for name, t in zip(names, own, strict=True)]
     if takes_image_list(opened.source):
         specs = [replace(spec, shape=spec.shape[1:], batched=False) for spec in specs]
-    return Inputs(specs, tuple(own))
+    return Inputs(specs, tuple(own), origin=file.name)
 
 
 def _in_forward_order(specs: list[InputSpec], model: nn.Module) -> list[InputSpec]:

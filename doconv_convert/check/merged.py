@@ -18,6 +18,7 @@ import onnx
 import onnx_ir as ir
 from onnx import AttributeProto, TensorProto
 
+from doconv_convert.check.onnx_files.external_data import require_own_data
 from doconv_convert.check.onnx_files.leftovers import leftover_composition
 from doconv_convert.check.onnx_files.model import read_model
 from doconv_convert.check.onnx_files.tensors import elements
@@ -83,7 +84,8 @@ def check_merged_graph(baseline: Path, candidate: Path, merged: Merged) -> Statu
 
 
 def regions_of(path: Path, merge: Merge) -> Found:
-    """The linear regions of a file's main graph."""
+    """The linear regions of a file's main graph. Raises DoconvError where its weights are not its own."""
+    require_own_data(path)
     return find_regions(read_steps(ir.load(path).graph), merge, fits_onnx)
 
 

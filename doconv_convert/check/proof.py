@@ -33,7 +33,7 @@ def prove(
     regions were `merged`, the baseline is the network from before."""
     fold, reference = with_function(fold, reference.fold), with_branches(reference, candidate)
     graph = check_graph(baseline, candidate) if merged is None else check_merged_graph(baseline, candidate, merged)
-    proof = Proof(str(candidate), [fold, graph])
+    proof = Proof(str(candidate), [fold, graph], compared=reference.compared)
     status, count = check_macs(baseline, candidate, reference.inputs, fewer=merged is not None)
     proof.statuses.append(status)
     proof.macs, proof.count = count.total, count

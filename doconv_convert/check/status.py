@@ -32,7 +32,8 @@ class Status:
 
 @dataclass
 class Proof:
-    """All statuses of one file, with their figures; `layers`, the model's convolutions, where they were asked for."""
+    """All statuses of one file, with their figures; `compared` says on which inputs its outputs were compared;
+    `layers`, the model's convolutions, where they were asked for."""
 
     file: str
     statuses: list[Status] = field(default_factory=list)
@@ -42,6 +43,7 @@ class Proof:
     uncovered_reason: Mapping[str, str] = field(default_factory=dict)
     count: MacCount | None = None
     layers: Sequence[Layer] | None = None
+    compared: str = ""
 
     @property
     def failed(self) -> bool:
@@ -67,6 +69,19 @@ class Proof:
 
     def state(self, name: str) -> State:
         return next((status.state for status in self.statuses if status.name == name), "not checked")
+
+    def _repr_html_(self) -> str:
+        """As a notebook shows it: the verdict, and a row a check."""
+        from markupsafe import Markup
+
+        row = Markup("<tr><td>{}</td><td><b>{}</b></td><td style='text-align:left'>{}{}</td></tr>")
+        rows = [
+            row.format(one.name, one.state, one.detail, Markup("").join(map(Markup("<br>- {}").format, one.findings)))
+            for one in self.statuses
+        ]
+        head = Markup("<p><b>{}</b>: {}</p>").format(self.file, self.verdict)
+        inputs = Markup("<p>compared on {}</p>").format(self.compared) if self.compared else ""
+        return head + Markup("<table>") + Markup("").join(rows) + Markup("</table>") + inputs
 
     def to_json(self) -> dict[str, Any]:
         """Every figure but the count node by node; NaN and infinity, which JSON does not have, are null."""

@@ -3,19 +3,54 @@
 from __future__ import annotations
 
 import gc
-from typing import Annotated
+import logging
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
+from doconv_convert.cli.console import PrintableFormatter
 from doconv_convert.cli.demo import demo
+from doconv_convert.cli.escapes import printable
 from doconv_convert.cli.flops import flops
 from doconv_convert.cli.fold import fold
 from doconv_convert.cli.rehearse import rehearse
+from doconv_convert.cli.streams import forgiving_streams
 from doconv_convert.cli.to_doconv import to_doconv
 from doconv_convert.cli.verify import verify
 
+_Misused: Any = typer.BadParameter.__base__  # what click raises for a command line it cannot read
+
+
+class _Commands(TyperGroup):
+    """Click quotes arguments as they are; names of files are data here too."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        with _printable_misuse():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _printable_misuse():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _printable_misuse() -> Iterator[None]:
+    try:
+        yield
+    except _Misused as error:
+        error.message = printable(error.message)
+        raise
+
+
 app = typer.Typer(
     name="doconv-convert",
+    cls=_Commands,
     help="Train a network with over-parameterized convolutions (DO-Conv), ship exactly the network you designed.",
     epilog="Exit codes: 0 everything asked for succeeded, 1 an error, 2 wrong usage, 3 a check failed.",
     no_args_is_help=True,
@@ -59,4 +94,22 @@ def main() -> None:
     # Imports make objects by the hundred thousand that all stay: looking for garbage among them takes a tenth of
     # a short command's time.
     gc.set_threshold(100_000)
-    app()
+    with forgiving_streams():
+        _show_others_lines_printable()
+        try:
+            app()
+        except Exception as error:  # raised with --debug alone
+            sys.stderr.write(_printable_lines("".join(traceback.format_exception(error))))
+            sys.exit(1)
+
+
+def _show_others_lines_printable() -> None:
+    """What libraries warn of and log quotes names too."""
+    formatted = warnings.formatwarning
+    warnings.formatwarning = lambda *about, **more: _printable_lines(formatted(*about, **more))
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(PrintableFormatter("%(message)s"))
+
+
+def _printable_lines(text: str) -> str:
+    return "".join(f"{printable(line)}\n" for line in text.rstrip("\n").split("\n"))

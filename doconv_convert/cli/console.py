@@ -5,22 +5,23 @@ Into a pipe or a file go plain lines without rules or colors.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 from shutil import get_terminal_size
-from textwrap import fill
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
+from doconv_convert.cli.escapes import json_text, no_command, printable
 from doconv_convert.cli.option_names import with_options
+from doconv_convert.cli.privacy import Folders
 from doconv_convert.errors import CheckFailedError, DoconvError, UsageError
 
 if TYPE_CHECKING:
@@ -51,12 +52,14 @@ class Format(str, Enum):
 @dataclass
 class Output:
     """One command's output. Text goes to stdout, or to stderr where stdout carries the JSON document; with
-    `github` all of it goes into the step's summary too."""
+    `github` all of it goes into the step's summary too. What others may read, the summary and the report, names files
+    without their `folders`."""
 
     as_json: bool
     quiet: bool
     document: dict[str, Any] = field(default_factory=dict)
     github: GithubReport | None = None
+    folders: Folders = field(default_factory=Folders)
     step: Callable[[str], None] = lambda name: None
     """Called with what is being done now; a terminal shows it."""
 
@@ -69,19 +72,20 @@ class Output:
     def console(self) -> Console:
         from rich.console import Console
 
-        return Console(stderr=self.as_json, force_terminal=None if self.terminal else False)
+        forced = None if self.terminal else False
+        return Console(stderr=self.as_json, force_terminal=forced, markup=False, emoji=False, highlight=False)
 
     def say(self, text: str, indent: int = 0) -> None:
         """One paragraph; a terminal gets it broken between words, `indent` columns in from its second line on."""
         text = with_options(text)
         if self.github is not None:
-            self.github.text(text)
+            self.github.text(self.folders.left_out(text))
         if self.quiet:
             return
         if self.terminal:
-            self.console.print(_paragraph(text, indent), markup=False, highlight=False, soft_wrap=True)
+            self.console.print(_paragraph(printable(text), indent), soft_wrap=True)
         else:
-            typer.echo(text, err=self.as_json)
+            typer.echo(printable(text), err=self.as_json)
 
     @contextmanager
     def counting(self, doing: str, total: int) -> Iterator[Callable[[], None]]:
@@ -99,15 +103,16 @@ class Output:
         self.say(text)
         self.annotate(text)
 
-    def annotate(self, text: str) -> None:
+    def annotate(self, *lines: str) -> None:
         if self.github is not None:
-            typer.echo(self.github.error(with_options(text)))
+            typer.echo(self.github.error(*with_options(lines)))
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[int] = ()) -> None:
-        """Rows under a head; the columns `right` hold numbers. On a terminal a state has its color."""
+        """Rows under a head; the columns `right` hold numbers, and a sequence of texts is as many lines. On a terminal
+        a state has its color."""
         rows = with_options(rows)
         if self.github is not None:
-            self.github.table(head, rows, right)
+            self.github.table(head, self.folders.left_out(rows), right)
         if self.quiet:
             return
         for line in _laid_out(self.console, head, rows, right):
@@ -119,7 +124,9 @@ class Output:
         self.table(("check", "state", "what was compared"), rows)
         for name, state, lines in rows:
             if state == "failed":
-                self.annotate(f"{name}: {lines}")
+                self.annotate(f"{name}: {lines[0]}", *lines[1:])
+        if proof.compared:
+            self.say(f"compared on {proof.compared}")
         self.say(f"{proof.file}: {proof.verdict}")
 
     def fail(self, error: BaseException, debug: bool, code: int, message: str | None = None) -> NoReturn:
@@ -129,7 +136,7 @@ class Output:
         message = with_options(message or str(error))
         self.document = {"error": message, "exit_code": code}
         self.annotate(message)
-        text = f"error: {message}"
+        text = printable(f"error: {message}")
         typer.echo(_paragraph(text) if sys.stderr.isatty() else text, err=True)
         raise typer.Exit(code) from error
 
@@ -155,39 +162,40 @@ def _laid_out(
     table = Table(
         box=SIMPLE_HEAD if ruled else None, show_edge=False, pad_edge=False, padding=(0, 1 if ruled else 2, 0, 0)
     )
-    cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
+    cells = [[_cell(cell) for cell in row] for row in rows]
     least = 2 * (len(head) - 1)
     for index, column in enumerate(zip(head, *cells, strict=True)):
         number = index in right
         table.add_column(column[0], justify="right" if number else "left", no_wrap=number, overflow="fold")
         width = max(len(line) for cell in column for line in cell.split("\n"))
         least += width if number else min(width, _LEAST_WIDTH)
+    styles = [_STYLES if name == "state" else {} for name in head]
     for row in cells:
-        table.add_row(*(Cell(cell, _STYLES.get(cell, "")) for cell in row))
+        table.add_row(*(Cell(cell, style.get(cell, "")) for cell, style in zip(row, styles, strict=True)))
     # rich would cut what does not fit into a console that is narrower than this
     for line in Segment.split_lines(console.render(table, console.options.update(width=max(console.width, least)))):
         text = Text.assemble(*((piece.text, piece.style or "") for piece in line))
         text.rstrip()
-        yield text
+        yield text if (safe := no_command(text.plain)) == text.plain else Text(safe)
+
+
+def _cell(cell: Any) -> str:
+    if isinstance(cell, int):
+        return f"{cell:,}"
+    return "\n".join(printable(line) for line in ([cell] if isinstance(cell, str) else cell))
 
 
 def _paragraph(text: str, indent: int = 0) -> str:
-    return "\n".join(
-        fill(
-            part,
-            get_terminal_size().columns,
-            subsequent_indent=" " * indent,
-            break_on_hyphens=False,
-            break_long_words=False,
-        )
-        for part in text.split("\n")
-    )
+    """A printable text, broken between words for a terminal."""
+    width = get_terminal_size().columns
+    broken = wrap(text, width, subsequent_indent=" " * indent, break_on_hyphens=False, break_long_words=False)
+    return "\n".join(map(no_command, broken))
 
 
-def _with_findings(status: Status) -> str:
+def _with_findings(status: Status) -> list[str]:
     hidden = len(status.findings) - _SHOWN_FINDINGS
     lines = [status.detail, *(f"- {finding}" for finding in status.findings[:_SHOWN_FINDINGS])]
-    return "\n".join([*lines, f"- and {hidden} more"] if hidden > 0 else lines)
+    return [*lines, f"- and {hidden} more"] if hidden > 0 else lines
 
 
 @contextmanager
@@ -198,12 +206,14 @@ def output(
     steps: Mapping[str, float] | None = None,
     *,
     github: GithubReport | None = None,
+    files: Iterable[object] = (),
 ) -> Iterator[Output]:
     """Run a command's body: print its document at the end, and turn errors into messages and exit codes.
 
-    `steps` are what it does, in order, with their usual parts of the whole time, for the time left.
+    `steps` are what it does, in order, with their usual parts of the whole time, for the time left; `files` what the
+    user named, paths and sources.
     """
-    out = Output(as_json, quiet, github=github)
+    out = Output(as_json, quiet, github=github, folders=Folders.of(files))
     log = _shown_log() if debug else None
     try:
         if steps and out.terminal and not quiet:
@@ -226,23 +236,30 @@ def output(
         if log is not None:
             _hide_log(log)
         if github is not None:
-            github.publish()
+            _publish(github)
         if as_json and out.document:
-            sys.stdout.write(json.dumps(with_options(out.document), indent=2, default=str) + "\n")
+            sys.stdout.write(json_text(with_options(out.document)) + "\n")
 
 
-class _PrintableFormatter(logging.Formatter):
-    """A record as one line; names of layers and of files are data, and control characters in them are escaped."""
+def _publish(github: GithubReport) -> None:
+    """A summary that cannot be written is no reason for another exit code."""
+    try:
+        github.publish()
+    except OSError as error:
+        typer.echo(printable(f"warning: the step's summary cannot be written: {error}"), err=True)
+
+
+class PrintableFormatter(logging.Formatter):
+    """A record as one line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+        return printable(super().format(record))
 
 
 def _shown_log() -> logging.Handler:
     """The package's own records on stderr, with what was decided and why."""
     handler = logging.StreamHandler()
-    handler.setFormatter(_PrintableFormatter("debug: %(name)s: %(message)s"))
+    handler.setFormatter(PrintableFormatter("debug: %(name)s: %(message)s"))
     package = logging.getLogger(_PACKAGE)
     package.setLevel(logging.DEBUG)
     package.addHandler(handler)

@@ -44,7 +44,7 @@ def flops(
 ) -> None:
     """Count multiply-accumulates (MACs) of one sample; FLOPs = 2 x MACs."""
     as_json, github = o.chosen_format(form, as_json, model)
-    with output(as_json, quiet, debug, {"counting": 1.0}, github=github) as shown:
+    with output(as_json, quiet, debug, {"counting": 1.0}, github=github, files=(model, against)) as shown:
         from doconv_convert.check.macs.counting import parse_macs
         from doconv_convert.workflows.count import CountRequest, count_models
 

@@ -65,13 +65,15 @@ def fold(
     from doconv_convert.artifacts.export.child_process import waiting_children
 
     as_json, github = o.chosen_format(form, as_json, onnx or checkpoint)
+    files = (checkpoint, model, out, onnx, input_file, report, onnx and onnx.with_suffix(".certificate.json"))
     if checkpoint.suffix == ".onnx":
-        with output(as_json, quiet, debug, _FILE_STEPS, github=github) as shown:
+        with output(as_json, quiet, debug, _FILE_STEPS, github=github, files=files) as shown:
             _merge_file(shown, checkpoint, out, merge.value, input_shape, input_file, others=(model, onnx))
         return
     # The exporting processes import torch while this one does too, and folds.
     children = 0 if onnx is None else 1 if no_verify else 2
-    with output(as_json, quiet, debug, _STEPS, github=github) as shown, waiting_children(children) as waiting:
+    said = output(as_json, quiet, debug, _STEPS, github=github, files=files)
+    with said as shown, waiting_children(children) as waiting:
         o.check_report(report, checkpoint, out, onnx)
         from doconv_convert.workflows.fold_request import FoldRequest
 

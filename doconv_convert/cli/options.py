@@ -122,14 +122,14 @@ def chosen_format(form: Format | None, as_json: bool, file: object) -> tuple[boo
     return as_json or form is Format.json, GithubReport(str(file)) if form is Format.github else None
 
 
-def check_report(report: Path | None, *others: Path | None) -> None:
-    """Refuse, before the work, a report that cannot be written or would replace one of the command's `others`."""
+def check_report(report: Path | None, *others: Path | None, option: str = "--report") -> None:
+    """Refuse, before the work, a file that cannot be written or would replace one of the command's `others`."""
     if report is None:
         return
     from doconv_convert.files import check_writable
 
     if report.resolve() in [path.resolve() for path in others if path is not None]:
-        raise UsageError(f"--report names '{report}', another file of this command; expected a file of its own.")
+        raise UsageError(f"{option} names '{report}', another file of this command; expected a file of its own.")
     check_writable(report)
 
 
@@ -138,7 +138,7 @@ def write_report(report: Path | None, command: str, shown: Output) -> None:
     if report is not None:
         from doconv_convert.cli.report.render import write_report
 
-        write_report(report, command, with_options(shown.document))
+        write_report(report, command, shown.folders.left_out(with_options(shown.document)))
         shown.say(f"report: {report}")
 
 

@@ -37,7 +37,7 @@ def rehearse(
     debug: o.Debug = False,
 ) -> None:
     """Rehearse conversion, fold, export and proof: a line a model, a status a step."""
-    with output(as_json, quiet, debug) as shown:
+    with output(as_json, quiet, debug, files=(*sources, resume, report)) as shown:
         o.check_report(report, resume)
         from doconv_convert.workflows.rehearsal.many import Rehearsals, RehearseRequest
         from doconv_convert.workflows.rehearsal.result import CANNOT_EXPORT

@@ -51,7 +51,8 @@ def to_doconv(
     debug: o.Debug = False,
 ) -> None:
     """Over-parameterize a model's convolutions; what it computes stays the same, bit for bit (checked)."""
-    with output(as_json, quiet, debug, _STEPS) as shown:
+    files = (source, out, weights, input_file, report)
+    with output(as_json, quiet, debug, _STEPS, files=files) as shown:
         if out is None and not dry_run:
             raise UsageError("to-doconv: name the file to write with -o FILE, or pass --dry-run.")
         o.check_report(report, out)
@@ -85,7 +86,7 @@ def to_doconv(
 
 
 def _show(shown: Output, planned: Plan, samples: int) -> None:
-    head = ["layer", "kind", "kernel", "groups", "D_mul", "added", "MACs", "action"]
+    head = ["layer", "kind", "kernel", "groups", "D_mul", "added", "MACs", "lever", "action"]
     rows = [
         [
             row.name,
@@ -95,15 +96,21 @@ def _show(shown: Output, planned: Plan, samples: int) -> None:
             "-" if row.d_mul is None else row.d_mul,
             row.added_parameters,
             "-" if row.macs is None else row.macs // samples,
+            "-" if row.lever is None else f"{row.lever:.2g}",
             row.action if row.reason is None else f"{row.action}: {row.reason}",
         ]
         for row in planned.rows
     ]
-    shown.table(head, rows, right=(3, 4, 5, 6))
+    shown.table(head, rows, right=(3, 4, 5, 6, 7))
     counts = ", ".join(f"{count} {what}" for what, count in planned.counts().items())
     shown.say(
         f"{planned.model}: {counts}; {planned.added_parameters:,} parameters added for training (MACs: one sample)"
     )
+    if planned.median_lever is not None:
+        shown.say(
+            f"lever: D changes an SGD step by {planned.median_lever:.2g} of its size in the median layer, at equal "
+            f"learning rates (measured at {planned.levers_of}); docs/how_it_works.md"
+        )
     for path in planned.not_looked_into:
         shown.say(f"not looked into: '{path or planned.model}'; give --input-shape")
 

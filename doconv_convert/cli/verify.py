@@ -54,6 +54,12 @@ def verify(
     equivalent: Annotated[
         bool, typer.Option("--equivalent", help="Pass on equal outputs where another ONNX file has other weights.")
     ] = False,
+    attest: Annotated[
+        Path | None,
+        typer.Option(
+            "--attest", metavar="FILE", help="Write the certificate, once it holds, as an in-toto statement to sign."
+        ),
+    ] = None,
     report: o.Report = None,
     form: o.As = None,
     as_json: o.Json = False,
@@ -63,17 +69,18 @@ def verify(
     """Graph, MACs, outputs and coverage; or hashes, MACs and outputs of a certificate. Exits with 3 where one fails."""
     if (against is None) is (certificate is None):
         raise typer.BadParameter("say what to check against: --against or --certificate, one of them.")
+    if attest is not None and certificate is None:
+        raise typer.BadParameter("--attest writes a certificate as a statement: pass --certificate too.")
     as_json, github = o.chosen_format(form, as_json, candidate)
-    with output(as_json, quiet, debug, _STEPS, github=github) as shown:
+    files = (candidate, against, certificate, model, weights, input_file, report)
+    with output(as_json, quiet, debug, _STEPS, github=github, files=files) as shown:
         o.check_report(report, candidate, certificate, None if against is None else Path(against))
         if certificate is not None:
             if model is not None or weights is not None:
-                raise UsageError(
-                    "verify: --model and --weights go with --against; a certificate names its own network."
-                )
-            from doconv_convert.check.certificate.verify import verify_certificate
+                from doconv_convert.workflows.verify import CERTIFICATE_ALONE
 
-            _show(shown, verify_certificate(candidate, certificate, input_file), report, enough=False)
+                raise UsageError(CERTIFICATE_ALONE)
+            _with_certificate(shown, candidate, certificate, input_file, report, attest)
             return
         from doconv_convert.workflows.verify import Reference, verify_file
 
@@ -98,6 +105,19 @@ def verify(
         unchecked = {status.name for status in proof.statuses if status.state == "not checked"}
         enough = (graph_only and unchecked == {"outputs"}) or (equivalent and proof.equivalent)
         _show(shown, proof, report, enough=enough and not proof.failed)
+
+
+def _with_certificate(
+    shown: Output, candidate: Path, certificate: Path, samples: Path | None, report: Path | None, attest: Path | None
+) -> None:
+    from doconv_convert.check.certificate.certificate import write_statement
+    from doconv_convert.check.certificate.verify import verify_certificate
+
+    o.check_report(attest, candidate, certificate, samples, report, option="--attest")
+    _show(shown, verify_certificate(candidate, certificate, samples), report, enough=False)
+    if attest is not None:
+        write_statement(certificate, attest)
+        shown.say(f"wrote {attest}, an in-toto statement; it is not signed yet")
 
 
 def _show(shown: Output, proof: Proof, report: Path | None, *, enough: bool) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from doconv_convert.errors import UsageError
 from doconv_convert.rewrite.discover import Discovery, discover
+from doconv_convert.rewrite.levers import OWN_LOSS, measure_levers
 from doconv_convert.rewrite.linear.merge import find_in_model
 from doconv_convert.rewrite.options import Options
 from doconv_convert.rewrite.sites import Action, Site, decide
@@ -19,7 +22,8 @@ from doconv_convert.words import counted
 @dataclass(frozen=True)
 class PlanRow:
     """One convolution. `calls`, `output_size` and `macs` (of all calls, at the example inputs' batch) are None
-    where no forward was run; `d_mul` is None where the layer has no D."""
+    where no forward was run; `d_mul` is None where the layer has no D. `lever` is what D would add to an SGD step at
+    equal learning rates, relative to W's own part (`lever`), None where it was not measured."""
 
     name: str
     aliases: list[str]
@@ -35,23 +39,37 @@ class PlanRow:
     macs: int | None
     action: str
     reason: str | None
+    lever: float | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
     """What `to_doconv` would do. `not_looked_into` names modules whose own forward could neither be traced nor
-    was run: a functional convolution in there would be missed (its layers are not). `linear_regions` are branches that
-    `fold(merge="branches")` would make one convolution each of, with `region_convolutions` in them now."""
+    was run: a functional convolution in there would be missed (its layers are not). `levers_of` says of what gradient
+    the rows' levers are, None where there are none. `linear_regions` are branches that `fold(merge="branches")` would
+    make one convolution each of, with `region_convolutions` in them now."""
 
     model: str
     rows: list[PlanRow]
     not_looked_into: list[str]
+    levers_of: str | None = None
     linear_regions: int = 0
     region_convolutions: int = 0
 
     @property
+    def median_lever(self) -> float | None:
+        """Over the layers that have one."""
+        known = [row.lever for row in self.rows if row.lever is not None]
+        return statistics.median(known) if known else None
+
+    @property
     def added_parameters(self) -> int:
         return sum(row.added_parameters for row in self.rows)
+
+    def with_levers(self, levers: Mapping[str, float], of: str) -> Plan:
+        """The same with the levers, by the rows' names."""
+        rows = [replace(row, lever=levers.get(row.name)) for row in self.rows]
+        return replace(self, rows=rows, levers_of=of if levers else None)
 
     def counts(self) -> dict[str, int]:
         """How many convolutions are converted, have no D (1x1), are already DO-Conv, and are kept by reason."""
@@ -64,7 +82,8 @@ class Plan:
         return dict(counts)
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "added_parameters": self.added_parameters, "counts": self.counts()}
+        more = {"added_parameters": self.added_parameters, "counts": self.counts(), "median_lever": self.median_lever}
+        return {**asdict(self), **more}
 
     @property
     def note_on_regions(self) -> tuple[str, ...]:
@@ -77,7 +96,7 @@ class Plan:
         return (f'{found}: fold(merge="branches"), `fold --merge branches`, ships one convolution of each.',)
 
     def __str__(self) -> str:
-        head = ["name", "kind", "kernel", "groups", "D_mul", "added", "calls", "output", "MACs", "action"]
+        head = ["name", "kind", "kernel", "groups", "D_mul", "added", "calls", "output", "MACs", "lever", "action"]
         lines = [[_text(value) for value in _cells(row)] for row in self.rows]
         widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
         table = [
@@ -86,6 +105,8 @@ class Plan:
         ]
         summary = ", ".join(f"{count} {what}" for what, count in self.counts().items()) or "no convolution"
         table.append(f"{self.model}: {summary}; {self.added_parameters:,} parameters added for training.")
+        if self.median_lever is not None:
+            table.append(f"The median lever is {self.median_lever:.2g} (of {self.levers_of}).")
         table += [f"not looked into: '{path or self.model}' (pass example_inputs)" for path in self.not_looked_into]
         return "\n".join([*table, *self.note_on_regions])
 
@@ -99,13 +120,16 @@ def plan(
     exclude: Sequence[str] = (),
     pointwise: bool = False,
     max_d_params: int = 16_000_000,
+    loss: Callable[[Any], Tensor] | None = None,
 ) -> Plan:
     """Every convolution of `model` with what `to_doconv` would do to it; the model is not changed.
 
-    Arguments are `to_doconv`'s; with `example_inputs` one forward in eval mode adds calls, output sizes and MACs.
+    Arguments are `to_doconv`'s; with `example_inputs` one forward in eval mode adds calls, output sizes and MACs. With
+    a `loss` too, a function from the model's output to a scalar, one forward and backward of a converted copy, in the
+    model's own mode, add each layer's lever: how much D would add to the first SGD step.
     `.rows` has a row a convolution, `.counts()` sums them up, `print` shows all.
 
-    Raises UsageError as `to_doconv` does.
+    Raises UsageError as `to_doconv` does, for a `loss` without `example_inputs`, and for one that gives no scalar.
 
     >>> import torch
     >>> from torch import nn
@@ -117,8 +141,14 @@ def plan(
     ('DO-Conv', 7776, 243)
     """
     discovery = discover(model, example_inputs)
-    decide(discovery.sites, Options(d_mul, include, exclude, pointwise, max_d_params))
-    return with_regions(as_plan(discovery), model)
+    options = Options(d_mul, include, exclude, pointwise, max_d_params)
+    decide(discovery.sites, options)
+    planned = with_regions(as_plan(discovery), model)
+    if loss is None:
+        return planned
+    if example_inputs is None:
+        raise UsageError("plan: `loss` needs `example_inputs`; pass a batch of your data.")
+    return planned.with_levers(measure_levers(model, example_inputs, options, loss), OWN_LOSS)
 
 
 def with_regions(planned: Plan, model: nn.Module) -> Plan:
@@ -168,6 +198,7 @@ def _cells(row: PlanRow) -> list[Any]:
         row.calls,
         size,
         row.macs,
+        None if row.lever is None else f"{row.lever:.2g}",
         action,
     ]
 

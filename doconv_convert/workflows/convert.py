@@ -20,6 +20,7 @@ from doconv_convert.rewrite.cost import Cost, cost
 from doconv_convert.rewrite.discover import discover
 from doconv_convert.rewrite.foreign.authors import authors_sites
 from doconv_convert.rewrite.foreign.resume import Continued, continue_foreign
+from doconv_convert.rewrite.levers import RANDOM_DIRECTION, measure_levers
 from doconv_convert.rewrite.options import Options
 from doconv_convert.rewrite.plan import Plan, as_plan, with_regions
 from doconv_convert.rewrite.sites import decide
@@ -83,7 +84,8 @@ def convert_source(request: ConvertRequest, *, progress: Callable[[str], None] =
     if any(authors_sites(opened.model)):
         foreign = continue_foreign(opened.model, example, request.options, dry_run=request.out is None)
     original = opened.model if foreign is None else foreign.plain
-    planned = _plan(original, example, request.options) if foreign is None else foreign.plan
+    dry = request.out is None and example is not None
+    planned = _plan(original, example, request.options, levers=dry) if foreign is None else foreign.plan
     expected = cost(planned, original, batch=request.batch, measured_batch=samples)
     notes = opened.notes if foreign is None else (*opened.notes, *foreign.told())
     notes = (*notes, *planned.note_on_regions)
@@ -100,10 +102,13 @@ def convert_source(request: ConvertRequest, *, progress: Callable[[str], None] =
     return ConvertResult(opened.source, planned, samples, expected, notes, request.out, same)
 
 
-def _plan(model: Any, example: Any, options: Options) -> Plan:
+def _plan(model: Any, example: Any, options: Options, *, levers: bool) -> Plan:
     discovery = discover(model, example)
     decide(discovery.sites, options)
-    return with_regions(as_plan(discovery), model)
+    planned = with_regions(as_plan(discovery), model)
+    if not levers or not any(row.d_mul is not None for row in planned.rows):
+        return planned
+    return planned.with_levers(measure_levers(model, example, options), RANDOM_DIRECTION)
 
 
 def _save_continued(opened: SourceModel, foreign: Continued, example: Any, out: Path) -> str:

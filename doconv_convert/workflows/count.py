@@ -100,12 +100,13 @@ Counted = tuple[MacCount, tuple[RegionLeft, ...]]
 def _count(model: str, dims: Sequence[str] | None, request: CountRequest) -> Counted:
     if dims is None:
         return _count_source(model, request.model_args, request.input_shapes, request.ignore)
-    return _count_file(Path(model), {n: size for n, size in request.dims.items() if n in dims}, request.ignore)
+    bound = {name: size for name, size in request.dims.items() if name in dims}
+    return _count_file(Path(model), bound, request.ignore, required=request.max_regions is not None)
 
 
-def _count_file(path: Path, dims: Mapping[str, int] | None, ignore: Sequence[str]) -> Counted:
+def _count_file(path: Path, dims: Mapping[str, int] | None, ignore: Sequence[str], *, required: bool = True) -> Counted:
     count = count_macs(path, dims, ignore)
-    return count, regions_left(path, count, dims, ignore)
+    return count, regions_left(path, count, dims, ignore, required=required)
 
 
 def count_source(

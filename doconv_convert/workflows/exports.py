@@ -22,7 +22,7 @@ from doconv_convert.artifacts.sources.source import Source
 from doconv_convert.check.onnx_files.model import onnx_input_shapes
 from doconv_convert.check.outputs.expected import ReferenceRun
 from doconv_convert.check.torch_runs.memory import is_large, release_weights, restore_weights
-from doconv_convert.check.torch_runs.reference_run import reference_run, resized_reference_run
+from doconv_convert.check.torch_runs.reference_run import further_runs, reference_run, resized_reference_run
 from doconv_convert.rewrite.linear.steps import Merge
 from doconv_convert.workflows.trained_model import TrainedCheckpoint, fold_trained, load_again
 
@@ -166,7 +166,9 @@ def reference_runs(
     reference = reference_run(
         trained, folded, arguments, batch, device, constant_kernels=constant, merge=merge, spend=spend
     )
-    return reference, resized
+    chunks = inputs.further(batch, filled=batch == inputs.export_batch)
+    further = further_runs(folded, ((more.arguments(size), size) for more, size in chunks), device)
+    return replace(reference, further=further, compared=inputs.describe(batch)), resized
 
 
 @contextmanager

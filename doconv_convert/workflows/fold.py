@@ -139,14 +139,14 @@ def fold_and_prove(
             save(folded.model, plain, source=plain_source)
         return replace(result, written=() if plain is None else (plain,))
     beside = 0 if is_large(loaded.trained) else 2 if verify else 1
-    with _workspace(onnx) as workspace, threads_beside(beside):
-        state, plain_state = workspace / "original.safetensors", workspace / "plain.safetensors"
+    with workspace(onnx) as folder, threads_beside(beside):
+        state, plain_state = folder / "original.safetensors", folder / "plain.safetensors"
         save(whole.model, state, source=None if folded.by_graph else loaded.source)
         whole = folded  # a large one's memory is wanted below
         if plain is not None:
             save(folded.model, plain_state, source=plain_source)
-        candidate, baseline = workspace / onnx.name, workspace / f"baseline-{onnx.name}"
-        sample = workspace / "inputs.npz"
+        candidate, baseline = folder / onnx.name, folder / f"baseline-{onnx.name}"
+        sample = folder / "inputs.npz"
         write_inputs(sample, inputs.tensors(inputs.export_batch))
         flags = flags or Flags()
         jobs = [export_job(loaded.source, state, sample, candidate, flags, inputs, loaded)]
@@ -169,13 +169,13 @@ def fold_and_prove(
             export = reports[0]
             origin = Origin(Path(loaded.checkpoint.path), loaded.source, export.opset, export.exporter, merged)
             made = write_certificate(candidate, proof, sides[0], origin)  # of the bytes that were proven
-        _install(candidate, onnx, made, (plain_state, plain))
+        install_proven(candidate, onnx, made, (plain_state, plain))
     certificate = certificate_path(onnx) if made else None
     written = (plain, onnx, certificate)
     return replace(result, certificate=certificate, written=tuple(path for path in written if path is not None))
 
 
-def _install(candidate: Path, onnx: Path, beside: Sequence[Path], plain: tuple[Path, Path | None]) -> None:
+def install_proven(candidate: Path, onnx: Path, beside: Sequence[Path], plain: tuple[Path, Path | None]) -> None:
     """The model, the files `beside` it and the `plain` state dict (finished, place): written out first, then renamed
     into place together. An earlier model's certificate goes where the new one has none."""
     state, place = plain
@@ -191,7 +191,7 @@ def _install(candidate: Path, onnx: Path, beside: Sequence[Path], plain: tuple[P
 
 
 @contextmanager
-def _workspace(target: Path) -> Iterator[Path]:
+def workspace(target: Path) -> Iterator[Path]:
     """A folder beside the target: what is proven there moves into place by a rename."""
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:

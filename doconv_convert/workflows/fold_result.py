@@ -45,6 +45,10 @@ class FoldResult:
     layers: list[Layer] | None = None
     merged: Merged | None = None
 
+    def _repr_html_(self) -> str:
+        """As a notebook shows it."""
+        return repr(self.written) if self.proof is None else self.proof._repr_html_()
+
     @property
     def proven(self) -> bool:
         return self.verified and self.proof is not None and self.proof.proven
@@ -120,13 +124,14 @@ def notes_on_fold(loaded: TrainedCheckpoint, folded: FoldReport, sites: Sequence
     notes = [*loaded.checkpoint.notes, *folded.notes]
     if not sites and not loaded.checkpoint.units and not folded.by_graph and not folded.merged:
         notes.append(f"'{loaded.checkpoint.path}' has no D: a plain checkpoint, nothing to fold")
-    notes += [f"'{one.name}' ({one.cls}) was not folded: {one.declined}" for one in folded.foreign if one.declined]
     notes += merge_notes(folded, loaded.merge)
-    dtypes = {str(p.dtype).removeprefix("torch.") for p in loaded.trained.parameters()} & {
-        "bfloat16",
-        "float16",
-        "float64",
-    }
+    return (*notes, *notes_on_export(loaded.trained, folded))
+
+
+def notes_on_export(trained: nn.Module, folded: FoldReport) -> tuple[str, ...]:
+    """Layers that were not folded, and a dtype that the ONNX file does not have."""
+    notes = [f"'{one.name}' ({one.cls}) was not folded: {one.declined}" for one in folded.foreign if one.declined]
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in trained.parameters()} & {"bfloat16", "float16", "float64"}
     if dtypes:
         notes.append(
             f"the model is {', '.join(sorted(dtypes))}; the ONNX file is float32, which onnxruntime's CPU runs"

@@ -19,6 +19,7 @@ from doconv_convert.artifacts.export import onnx_file
 from doconv_convert.check.certificate.certificate import remove_certificate
 from doconv_convert.check.float64_file import evaluate, part_of, widened
 from doconv_convert.check.merged import Merged, check_merged_graph, value_hash
+from doconv_convert.check.onnx_files.external_data import require_own_data
 from doconv_convert.check.onnx_files.model import read_model
 from doconv_convert.check.onnxruntime_run import check_outputs
 from doconv_convert.check.outputs.compare import Array, relative_error
@@ -85,6 +86,7 @@ def merge_file(request: MergeRequest, progress: Callable[[str], None] = lambda t
     """Merge, prove and write. Raises UsageError and DoconvError, before anything is written."""
     check_writable(request.out)
     read_model(request.model)
+    require_own_data(request.model)
     inputs = onnx_samples(request.model, request.input_shapes, request.input_file)
     progress("folding")
     wide = widened(onnx.load(request.model))

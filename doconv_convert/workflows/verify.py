@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str], None]
 
+CERTIFICATE_ALONE = "verify: `model` and `weights` go with `against`; a certificate names its own network."
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -100,7 +102,7 @@ def verify(
     samples = None if input_file is None else Path(input_file)
     if certificate is not None:
         if model is not None or weights is not None:
-            raise UsageError("verify: `model` and `weights` go with `against`; a certificate names its own network.")
+            raise UsageError(CERTIFICATE_ALONE)
         return verify_certificate(Path(candidate), Path(certificate), samples)
     reference = Reference(
         str(against),

@@ -23,6 +23,7 @@ def fold_trained(live: nn.Module, net: str, folder: Path, *options: str) -> Seen
     return fold_command(folder / "trained.pth", source_of(net), folder / "out.onnx", *options)
 
 
+@pytest.mark.zoo
 def test_a_kernel_in_a_branch_not_taken_is_uncovered(tmp_path: Path) -> None:
     """It is in the file: 'only runs in training' is false, and --min-coverage 1.0 must not pass."""
     live = trained("hidden.Branch")
@@ -34,6 +35,7 @@ def test_a_kernel_in_a_branch_not_taken_is_uncovered(tmp_path: Path) -> None:
     assert not seen.proven
 
 
+@pytest.mark.zoo
 def test_a_blind_kernel_does_not_pass_a_full_coverage(tmp_path: Path) -> None:
     seen = fold_trained(trained("hidden.Gated"), "hidden.Gated", tmp_path, "--min-coverage", "1.0")
     assert (seen.code, seen.proven) == (3, False)
@@ -73,6 +75,7 @@ def test_a_model_that_float32_cannot_compute_is_told_so(tmp_path: Path) -> None:
         assert "float32" in seen.reason or "fp32" in seen.reason
 
 
+@pytest.mark.zoo
 @torch.no_grad()
 def test_small_weights_and_large_factors_are_no_reason(tmp_path: Path) -> None:
     live = trained(CONTROL)

@@ -285,7 +285,7 @@ def test_a_file_that_names_code_does_not_run_it(desk: Desk) -> None:
     ):
         result = run_cli(*arguments)
         assert result.exit_code == 1
-        assert f"its code is only run if you name it: --model {desk.source}:tiny" in result.stderr
+        assert "its code is only run if you name it: --model net.py:tiny" in result.stderr
         assert not (desk.files / "net.imported").exists()
     named = run_cli("fold", desk.files / "b.safetensors", "--model", f"{desk.source}:tiny", "-o", desk.plain)
     assert named.exit_code == 0

@@ -1,6 +1,7 @@
 """What is kept or refused, and in which words; every refusal comes before the first change."""
 
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -122,9 +123,10 @@ def test_a_half_converted_model_is_completed() -> None:
     assert difference(moved, run(original, x)) > MOVED
 
 
-def test_ddp_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_ddp_is_refused(tmp_path: Any, loopback: Any) -> None:
     distributed = torch.distributed
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    start = partial(loopback, distributed.init_process_group)
+    start("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         wrapped = nn.parallel.DistributedDataParallel(net())
         with pytest.raises(DoconvError, match=r"is a DistributedDataParallel already; .*DDP\(to_doconv\(model\)\)"):

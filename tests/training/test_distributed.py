@@ -36,12 +36,13 @@ pytestmark = pytest.mark.xdist_group("distributed")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, loopback: Callable[..., Any]) -> Path:
     """What two processes under torchrun left: losses and checkpoint folders."""
     target = tmp_path_factory.mktemp("distributed")
     script = Path(__file__).with_name("train_distributed.py")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
+    done = loopback(
+        subprocess.run,
         [*launcher, str(script), str(target)],
         capture_output=True,
         text=True,

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,9 +136,10 @@ def test_wrappers_of_optimizers_and_of_models(wrap: Callable[[Any], Any]) -> Non
 
 
 @pytest.mark.parametrize("kind", NETS)
-def test_shards(tmp_path: Path, kind: str) -> None:
+def test_shards(tmp_path: Path, kind: str, loopback: Callable[..., Any]) -> None:
     """The optimizer comes after `fully_shard`, which replaces every parameter."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    start = partial(loopback, torch.distributed.init_process_group)
+    start("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         model = converted(NETS[kind]())
         early = sgd(model.parameters())

@@ -59,7 +59,8 @@ class Recipe:
     tool_version: str = __version__
 
     def dump(self) -> str:
-        content = {**asdict(self), "format": FORMAT_VERSION, "source": self.source and self.source.to_json()}
+        source = self.source and self.source.without_folders().to_json()
+        content = {**asdict(self), "format": FORMAT_VERSION, "source": source}
         return json.dumps(content, sort_keys=True)
 
     @classmethod

@@ -24,10 +24,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from doconv_convert.artifacts.export import onnx_file
+from doconv_convert.artifacts.export.output_names import name_by_key, own_outputs, plain_outputs
 from doconv_convert.artifacts.sources.inputs import forward_names
 from doconv_convert.errors import DoconvError, UsageError
 from doconv_convert.files import check_writable
 from doconv_convert.rewrite.tracing import set_eval_mode
+from doconv_convert.words import listed
 
 Exporter = Literal["dynamo", "torchscript"]
 Axes = dict[int, str]
@@ -127,41 +129,23 @@ def _dynamo(
         )
         if program is None:
             raise DoconvError("the exporter returned no model; update torch")
+        own_outputs(program.model)
         if output_names is None and program.exported_program is not None:
-            _name_by_key(program.model, program.exported_program.call_spec.out_spec)
+            name_by_key(program.model, program.exported_program.call_spec.out_spec)
         return program.model
 
     try:
         return run({name: batch_axes.get(name, {}) | asked.get(name, {}) for name in tensors})
     except Exception as error:
         if not batch_axes:
-            raise _cannot_export(module, error) from error
+            raise _cannot_export(module, inputs, error) from error
         failed = f"{type(error).__name__}: {error}"
     logger.info("the export with a dynamic batch failed (%s): once more with a static one", failed)
     # whether the dynamic batch was to blame, a static export shows better than any reading of messages
     try:
         return run(asked)
     except Exception as error:
-        raise _cannot_export(module, error) from error
-
-
-def _name_by_key(model: ir.Model, structure: pytree.TreeSpec | None) -> None:
-    """Outputs that the model returns in a dict are named by their keys, which say more than an operator's name."""
-    outputs = model.graph.outputs
-    if structure is None or structure.num_leaves != len(outputs):
-        return
-    taken = {value.name for value in model.graph.inputs} | {
-        value.name for node in model.graph for value in node.outputs
-    }
-    try:
-        paths = pytree.tree_flatten_with_path(pytree.tree_unflatten(outputs, structure))[0]
-    except ValueError:  # paths are optional for classes that a library registers
-        return
-    for path, value in paths:
-        name = "_".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in path)
-        if path and isinstance(path[0], pytree.MappingKey) and value.producer() and name not in taken:
-            value.name = name
-            taken.add(name)
+        raise _cannot_export(module, inputs, error) from error
 
 
 def _torchscript(
@@ -186,7 +170,7 @@ def _torchscript(
             verbose=False,
         )
     except Exception as error:
-        raise _cannot_export(module, error) from error
+        raise _cannot_export(module, inputs, error) from error
     return ir.from_proto(onnx.load_from_string(file.getvalue()))
 
 
@@ -261,7 +245,13 @@ def _is_or_holds_a_detector(module: nn.Module) -> bool:
     return any(isinstance(part, detectors) for part in module.modules())
 
 
-def _cannot_export(module: nn.Module, error: BaseException) -> DoconvError:
+def _cannot_export(module: nn.Module, inputs: tuple[Any, ...], error: BaseException) -> DoconvError:
+    plain = plain_outputs(module, inputs)
+    if plain:
+        return DoconvError(
+            f"'{type(module).__name__}' cannot be exported to ONNX: {listed(plain)} among its outputs; ONNX has "
+            "tensors only: return those alone"
+        )
     while error.__cause__ is not None:
         error = error.__cause__
     reason = textwrap.shorten(f"{type(error).__name__}: {error}", 400)

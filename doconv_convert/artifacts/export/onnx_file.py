@@ -45,10 +45,16 @@ def strip(model: ir.Model) -> None:
             _clear(node)
             for value in node.outputs:
                 _clear(value)
+            for attribute in node.attributes.values():
+                attribute.doc_string = None
+                if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
+                    _clear_tensor(attribute.as_tensor())
         for value in graph.inputs:
             _clear(value)
         for value in graph.initializers.values() if isinstance(graph, ir.Graph) else ():
             _clear(value)
+            if value.const_value is not None:
+                _clear_tensor(value.const_value)
 
 
 def write(model: ir.Model, target: Path) -> None:
@@ -114,6 +120,15 @@ def _port(value: onnx.ValueInfoProto) -> Port:
 def _clear(part: ir.Model | ir.Graph | ir.Function | ir.Node | ir.Value) -> None:
     part.metadata_props.clear()
     part.doc_string = None
+
+
+def _clear_tensor(tensor: ir.TensorProtocol) -> None:
+    tensor.metadata_props.clear()
+    if isinstance(tensor, ir.TensorProtoTensor):  # is written as the message that it was read from
+        tensor.raw.ClearField("doc_string")
+        tensor.raw.ClearField("metadata_props")
+    else:
+        tensor.doc_string = None
 
 
 def _graphs(model: ir.Model) -> Iterator[ir.Graph | ir.Function]:

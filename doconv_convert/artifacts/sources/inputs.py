@@ -17,6 +17,7 @@ from doconv_convert.artifacts.sources.samples import fill_batch
 from doconv_convert.artifacts.sources.source import Source
 from doconv_convert.artifacts.sources.zoos import torchvision_family, torchvision_weights
 from doconv_convert.errors import DoconvError, UsageError
+from doconv_convert.words import counted
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
@@ -25,6 +26,7 @@ DETECTION_SIZE = 320
 SEGMENTATION_SIZE = 256  # the weights' own 520 costs four times as much and shows nothing more
 VIDEO_FRAMES = 16
 RAFT_SIZE = 128  # its smallest
+CHUNK = 3 * 3 * 224 * 224  # elements that go through a model at once: as many as three photographs
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,13 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Example inputs: made up from `specs` for any batch, or the user's own samples. `fixed_batch` is the only
-    batch that the model takes (an exported program's)."""
+    """Example inputs: made up from `specs` for any batch, or the user's own samples, from `origin`. `fixed_batch` is
+    the only batch that the model takes (an exported program's)."""
 
     specs: Sequence[InputSpec]
     own: tuple[Tensor, ...] | None = None
     fixed_batch: int | None = None
+    origin: str = "your samples"
 
     @property
     def image_list(self) -> bool:
@@ -60,6 +63,33 @@ class Inputs:
     def proof_batch(self) -> int:
         """Another batch than the traced one, so that a dynamic batch is seen to be one."""
         return self.fixed_batch or (1 if self.image_list else 3)
+
+    @property
+    def own_samples(self) -> int:
+        """How many samples the user gave."""
+        return max((len(tensor) for tensor in self.own or ()), default=0)
+
+    def further(self, batch: int, *, filled: bool) -> list[tuple[Inputs, int]]:
+        """The user's samples behind the first `batch`, as inputs of so many or, of small ones, more, each with its
+        batch; `filled` keeps to that batch, and fills the last up."""
+        elements = max((tensor[0].numel() for tensor in self.own or ()), default=1)
+        size = batch if filled else max(batch, CHUNK // elements)
+        chunks = []
+        for start in range(batch, self.own_samples, size):
+            own = tuple(tensor[start : start + size] if len(tensor) > start else tensor for tensor in self.own or ())
+            chunks.append((replace(self, own=own), size if filled else min(size, self.own_samples - start)))
+        return chunks
+
+    def describe(self, batch: int) -> str:
+        """What a proof at `batch` compares: "3 random samples of 3x224x224 (seed 0)", "cat.npy: 5 of 5 samples"."""
+        shapes = ["x".join(map(str, spec.shape[1:] if spec.batched else spec.shape)) or "1" for spec in self.specs]
+        if self.own is None:
+            named = zip(self.specs, shapes, strict=True)
+            what = shapes[0] if len(shapes) == 1 else ", ".join(f"{spec.name} {shape}" for spec, shape in named)
+            return f"{counted(batch, 'random sample')} of {what} (seed 0)"
+        made = batch - self.own_samples
+        also = f", and {made} made from them by adding noise" if made > 0 else ""
+        return f"{self.origin}: {self.own_samples} of {counted(self.own_samples, 'sample')}{also}"
 
     def tensors(self, batch: int) -> tuple[Tensor, ...]:
         """One tensor an input (a detector: one an image); the user's own samples are filled up to the batch

@@ -68,6 +68,16 @@ class Source:
     def to_json(self) -> dict[str, Any]:
         return {"source": self.text, "args": dict(self.args)}
 
+    def without_folders(self) -> Source:
+        """The same for a file that others read: a path that is absolute or climbs ('..'), the source's own or among
+        the arguments, is cut to its name. Where it lies is a matter of the machine; nobody opens it from there."""
+        text = self.text
+        if self.kind == "file":
+            text = f"{_without_folders(self.place)}:{self.name}"
+        elif self.kind == "program":
+            text = _without_folders(text)
+        return Source(text, _without_folders(self.args))
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Source:
         """The inverse of `to_json`, checked like a user's own text. Raises UsageError."""
@@ -156,3 +166,12 @@ def sample_models_folder() -> Path:
 def _names_a_factory(source: Source) -> bool:
     parts = () if source.kind == "file" else source.place.split(".")
     return all(part.isidentifier() for part in (*parts, source.name))
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, str):
+        path = Path(value)
+        return path.name or value if path.is_absolute() or ".." in path.parts else value
+    if isinstance(value, Mapping):
+        return {key: _without_folders(one) for key, one in value.items()}
+    return [_without_folders(one) for one in value] if isinstance(value, list | tuple) else value

@@ -16,10 +16,12 @@ from pathlib import Path
 from platform import python_version
 from typing import TYPE_CHECKING, Any
 
+from doconv_convert.check.certificate.attestation import certified, statement
 from doconv_convert.check.certificate.side_file import describe_inputs, describe_outputs, write_reference
 from doconv_convert.check.macs.counting import MacCount
 from doconv_convert.check.merged import Merged
-from doconv_convert.check.onnx_files.model import external_files, onnx_input_shapes
+from doconv_convert.check.onnx_files.external_data import external_files
+from doconv_convert.check.onnx_files.model import onnx_input_shapes
 from doconv_convert.check.outputs.expected import ReferenceRun
 from doconv_convert.check.proof import dynamic_sizes
 from doconv_convert.check.status import Proof, without_nan
@@ -37,11 +39,11 @@ SCHEMA = Path(__file__).with_name("certificate.schema.json")
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a file comes from: the trained checkpoint (a file or a folder), its network, how it was exported, and the
-    linear regions that were merged."""
+    """Where a file comes from: the trained checkpoint (a file or a folder), its network (None: a model in memory), how
+    it was exported, and the linear regions that were merged."""
 
     checkpoint: Path
-    source: Source
+    source: Source | None
     opset: int
     exporter: str
     merged: Merged | None = None
@@ -76,12 +78,12 @@ def write_certificate(onnx: Path, proof: Proof, reference: ReferenceRun, origin:
     content = {**content, "digest": digest(content)}
     path = certificate_path(onnx)
     with atomic_write(path) as temporary:
-        temporary.write_bytes(_rendered(content))
+        temporary.write_bytes(rendered(content))
     return [reference_path(onnx), path]
 
 
 def read_certificate(path: Path) -> dict[str, Any]:
-    """The content of a certificate whose digest is right.
+    """The content, without its digest, of a certificate whose digest is right; of one in an in-toto statement too.
 
     Raises CheckFailedError where the document is damaged or was edited, DoconvError where there is none or it is
     of a later version.
@@ -94,9 +96,12 @@ def read_certificate(path: Path) -> dict[str, Any]:
         content = json.loads(data.decode("utf-8"), parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise CheckFailedError(f"'{path}' is not JSON: it was changed after it was written ({error}).") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict):
+        raise CheckFailedError(f"'{path}' is no certificate of doconv-convert: expected a JSON object.")
+    document, content = content, dict(certified(content, str(path)))
+    if content.get("format") != FORMAT:
         raise CheckFailedError(f'\'{path}\' is no certificate of doconv-convert: expected "format": "{FORMAT}".')
-    unchanged = data.replace(b"\r\n", b"\n") == _rendered(content)  # as git checks text out on Windows
+    unchanged = data.replace(b"\r\n", b"\n") == rendered(document)  # as git checks text out on Windows
     found, expected = content.pop("digest", None), digest(content)
     if found != expected:
         raise CheckFailedError(
@@ -123,7 +128,18 @@ def _no_number(text: str) -> None:
     raise ValueError(f"'{text}' is no number")
 
 
-def _rendered(content: Mapping[str, Any]) -> bytes:
+def write_statement(certificate: Path, target: Path) -> None:
+    """Write a certificate as an in-toto statement (`attestation.py`), unsigned; the same certificate, the same bytes.
+
+    Raises what `read_certificate` raises, and DoconvError where `target` cannot be written.
+    """
+    content = read_certificate(certificate)
+    content = {**content, "digest": digest(content)}
+    with atomic_write(target) as temporary:
+        temporary.write_bytes(rendered(statement(content)))
+
+
+def rendered(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode("ascii")
 
 
@@ -163,6 +179,7 @@ def _content(onnx: Path, proof: Proof, count: MacCount, reference: ReferenceRun,
             "outputs": {
                 "reference": {"name": reference_path(onnx).name, "sha256": content_hash(reference_path(onnx))},
                 "samples": reference.samples,
+                "compared": reference.compared,
                 "inputs": describe_inputs(names, reference),
                 "tensors": [{**one, **more} for one, more in zip(described, figures, strict=True)],
                 "detections": [dict(group) for group in reference.detections],
@@ -174,13 +191,16 @@ def _content(onnx: Path, proof: Proof, count: MacCount, reference: ReferenceRun,
     return content
 
 
-def _source(source: Source) -> dict[str, Any]:
+def _source(source: Source | None) -> dict[str, Any]:
     """The source as the user wrote it; of a file its name and hash, since its folder is a matter of the machine."""
+    if source is None:
+        return {"source": "in memory", "args": {}}
+    told = source.without_folders().to_json()
     if source.kind not in ("file", "program"):
-        return source.to_json()
+        return told
     path = Path(source.place if source.kind == "file" else source.text)
     text = f"{path.name}:{source.name}" if source.kind == "file" else path.name
-    return {"source": text, "args": dict(source.args), "sha256": content_hash(path)}
+    return {**told, "source": text, "sha256": content_hash(path)}
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:

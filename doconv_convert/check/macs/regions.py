@@ -5,6 +5,7 @@ Importing this needs no torch. onnx-ir, which takes long to import, loads only f
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,11 @@ import onnx
 
 from doconv_convert.check.macs.counting import count_macs
 from doconv_convert.check.macs.result import MacCount
+from doconv_convert.check.onnx_files.external_data import require_own_data
 from doconv_convert.check.onnx_files.model import read_model
+from doconv_convert.errors import DoconvError
+
+logger = logging.getLogger(__name__)
 
 _CONVS = ("Conv", "ConvTranspose")
 # What a region may consist of, next to its convolutions.
@@ -32,10 +37,25 @@ class RegionLeft:
 
 
 def regions_left(
-    path: Path, count: MacCount, dims: Mapping[str, int] | None = None, ignore: Collection[str] = ()
+    path: Path,
+    count: MacCount,
+    dims: Mapping[str, int] | None = None,
+    ignore: Collection[str] = (),
+    *,
+    required: bool = True,
 ) -> tuple[RegionLeft, ...]:
-    """The regions that `fold --merge branches` would merge. `count` is the file's own (`count_macs`)."""
+    """The regions that `fold --merge branches` would merge. `count` is the file's own (`count_macs`).
+
+    Unlike the count this reads the weights. Raises DoconvError where they cannot be read, unless it is not `required`.
+    """
     if not may_have_regions(read_model(path)):
+        return ()
+    try:
+        require_own_data(path)
+    except DoconvError:
+        if required:
+            raise
+        logger.info("'%s': its weights cannot be read, so linear regions were not looked for", path)
         return ()
     import onnx_ir as ir
 

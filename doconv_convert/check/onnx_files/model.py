@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -11,6 +11,7 @@ import onnx
 from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
 from onnx import helper
 
+from doconv_convert.check.onnx_files.names import undecodable_name
 from doconv_convert.errors import DoconvError
 
 ModelSource: TypeAlias = onnx.ModelProto | str | os.PathLike[str]
@@ -34,25 +35,9 @@ def read_model(model: ModelSource) -> onnx.ModelProto:
         raise DoconvError(f"'{path}' cannot be read as an ONNX file ({error}): export it again") from error
     if not loaded.HasField("graph") or not loaded.opset_import:
         raise DoconvError(f"'{path}' is not an ONNX model: expected a graph and its opset, got neither")
+    if (name := undecodable_name(loaded)) is not None:
+        raise DoconvError(f"'{path}' has the name {name!r}, which is no UTF-8 text: export it again")
     return loaded
-
-
-def external_files(model: ModelSource) -> list[str]:
-    """The names of the files that hold the model's external data, as the model names them, in order.
-
-    Raises DoconvError for one that lies outside of the model's folder.
-    """
-    names = {
-        entry.value
-        for tensor in _tensors(read_model(model))
-        if tensor.data_location == onnx.TensorProto.EXTERNAL
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    for name in names:
-        if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
-            raise DoconvError(f"external data points out of the model's folder: '{name}'")
-    return sorted(names)
 
 
 def has_branches(model: ModelSource) -> bool:
@@ -63,7 +48,19 @@ def has_branches(model: ModelSource) -> bool:
     return any(attribute.type == graph for node in nodes for attribute in node.attribute)
 
 
-def _tensors(part: Message) -> Iterator[onnx.TensorProto]:
+def constant_outputs(model: ModelSource) -> set[str]:
+    """The outputs that no input's values reach; its sizes may (an operator Shape, a constant expanded to the batch)."""
+    graph = read_model(model).graph
+    reached = {value.name for value in graph.input} - {value.name for value in graph.initializer}
+    for node in graph.node:
+        # what a subgraph reads from around it, it does not list: taken for an input's value
+        holds_graph = any(attribute.type == onnx.AttributeProto.GRAPH for attribute in node.attribute)
+        if node.op_type not in ("Shape", "Size") and (holds_graph or reached & set(node.input)):
+            reached |= set(node.output)
+    return {value.name for value in graph.output} - reached
+
+
+def tensors(part: Message) -> Iterator[onnx.TensorProto]:
     """Every tensor in a model, wherever it stands: initializers, attributes, subgraphs, functions."""
     if isinstance(part, onnx.TensorProto):
         yield part
@@ -71,7 +68,7 @@ def _tensors(part: Message) -> Iterator[onnx.TensorProto]:
     for field, value in part.ListFields():
         if field.message_type is not None:
             for one in value if field.is_repeated else (value,):
-                yield from _tensors(one)
+                yield from tensors(one)
 
 
 def present(names: Sequence[str]) -> list[str]:

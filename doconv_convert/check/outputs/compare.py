@@ -6,7 +6,7 @@ plain fp32 torch itself is off: by FLOOR in any case, by CEILING in none.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,17 +65,17 @@ def relative_error(got: Array, truth: Array) -> float:
 
 
 def compare_output(
-    name: str, truth: Array, plain: Array, got: Array, samples: int, floor: float = FLOOR
+    name: str, truth: Array, plain: Array, got: Array, samples: int, floor: float = FLOOR, varies: bool = True
 ) -> OutputCheck:
     """Compare one output of onnxruntime (`got`) and of plain fp32 torch with the float64 `truth`.
 
-    `samples` is the batch: a float output whose first dimension it is must differ between samples. `floor` is the
-    least bound of a float output.
+    `samples` is the batch: a float output whose first dimension it is must differ between samples, unless it is known
+    to hold constants (not `varies`). `floor` is the least bound of a float output.
     """
     problem: str | None = None
     error = plain_error = largest = float("nan")
     bound = FLOOR
-    variation = _variation(truth, samples)
+    variation = _variation(truth, samples) if varies else float("inf")
     if got.shape != truth.shape:
         problem = f"has shape {got.shape}, expected {truth.shape}"
     elif got.dtype != plain.dtype:
@@ -115,11 +115,14 @@ def compare_outputs(
     got: Sequence[Array],
     samples: int,
     floor: float = FLOOR,
+    constants: Collection[str] = (),
 ) -> list[OutputCheck]:
-    """Every output, in order. Raises DoconvError where the number of outputs differs."""
+    """Every output, in order; those named in `constants` do not depend on the inputs. Raises DoconvError where the
+    number of outputs differs."""
     if not len(truth) == len(plain) == len(got) == len(names):
         raise DoconvError(f"the ONNX model has {len(got)} outputs, the torch model {len(truth)}.")
-    return [compare_output(*one, samples, floor) for one in zip(names, truth, plain, got, strict=True)]
+    rows = zip(names, truth, plain, got, strict=True)
+    return [compare_output(*row, samples, floor, row[0] not in constants) for row in rows]
 
 
 def _agreeing(truth: Array, got: Array, samples: int) -> int | None:

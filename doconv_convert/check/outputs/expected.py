@@ -28,7 +28,8 @@ class ReferenceRun:
     `detections` are the outputs that belong together (`detection_groups`). `alone` runs the first n samples in
     float64, by themselves; `alone_is_cheap` unless it reads the weights again. `uncovered_reason` are unseen kernels
     whose gradient is cut or zero, with what changes of their own size tell of them (`coverage.why_uncovered`). `fold`
-    is what was seen of the fold itself."""
+    is what was seen of the fold itself.
+    `further` are runs of more samples than fit one batch, with outputs alone; `compared` says what all of them are."""
 
     inputs: Sequence[Array]
     truth: Sequence[Array]
@@ -40,3 +41,5 @@ class ReferenceRun:
     alone_is_cheap: bool = True
     uncovered_reason: Mapping[str, str] = field(default_factory=dict)
     fold: FoldRun | None = None
+    further: Sequence[ReferenceRun] = ()
+    compared: str = ""

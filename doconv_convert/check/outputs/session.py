@@ -10,6 +10,7 @@ import numpy as np
 from onnx import ModelProto
 from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
+from doconv_convert.check.onnx_files.external_data import require_own_data
 from doconv_convert.check.onnx_files.model import read_model
 from doconv_convert.check.outputs.compare import Array
 from doconv_convert.check.outputs.float64_copy import in_float64
@@ -23,10 +24,11 @@ _SMALL = 64  # elements
 class OnnxSession:
     """A file in onnxruntime on the CPU, as it is or, `precise`, with sums and sigmoids in float64 (`in_float64`).
 
-    Raises DoconvError where it cannot be loaded, or `run` cannot run it.
+    Raises DoconvError where it cannot be loaded, asks for data that is not its own, or `run` cannot run it.
     """
 
     def __init__(self, path: Path, *, optimize: bool = True, precise: bool = False) -> None:
+        require_own_data(path)
         import onnxruntime
 
         onnxruntime.set_default_logger_severity(4)
@@ -63,6 +65,11 @@ class OnnxSession:
         except Exception as error:
             shapes = ", ".join(f"{name} {array.shape}" for name, array in feeds.items())
             raise DoconvError(f"onnxruntime cannot run '{self.path}' on {shapes}: {_first_line(error)}") from error
+        for name, value in zip(self.outputs, values, strict=True):
+            if not isinstance(value, np.ndarray | np.generic):
+                raise DoconvError(
+                    f"output '{name}' of '{self.path}' is a sequence or a map: only tensors can be compared."
+                )
         return [np.asarray(value) for value in values]
 
 

@@ -47,10 +47,10 @@ def float64_runs(model: nn.Module, inputs: Any, runs: int = 1) -> Runs:
         with full_precision(), torch.no_grad(), undisturbed(model), _float64_by_default(), _WidenFloats():
             set_eval_mode(model)
             before = _random_states()
-            outputs = [run_model(model, tree_map(widen, inputs))]
+            outputs = [tree_map(_own, run_model(model, tree_map(widen, inputs)))]
             drawn = tuple(name for name, state in _random_states().items() if state != before[name])
             numbers = _numbers(model)
-            outputs += [run_model(model, tree_map(widen, inputs)) for _ in range(runs - 1)]
+            outputs += [tree_map(_own, run_model(model, tree_map(widen, inputs))) for _ in range(runs - 1)]
             counting = tuple(name for name, value in _numbers(model).items() if value != numbers.get(name, value))
             return Runs(outputs, drawn, counting)
     except Exception as error:  # the user's forward
@@ -96,6 +96,11 @@ def run_inputs(model: nn.Module, inputs: Any) -> Any:
 def output_tensors(output: Any) -> list[Tensor]:
     """The tensors of an output in any nesting of dicts, lists and tuples, in the exporter's order."""
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _own(value: Any) -> Any:
+    """A buffer that the model returns has its old values again after the run."""
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def widen(value: Any) -> Any:

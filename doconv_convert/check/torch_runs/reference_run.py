@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -70,6 +70,23 @@ def reference_run(
         return runs.reference()
     with full_precision():
         return _with_coverage(models[1], runs)
+
+
+def further_runs(
+    folded: nn.Module, chunks: Iterable[tuple[Any, int]], device: torch.device = _CPU
+) -> list[ReferenceRun]:
+    """Outputs alone, of more samples than fit one batch: (positional arguments, their batch). `folded` is as
+    `reference_run` left it, where it was found to compute what the trained model does."""
+    runs = []
+    for arguments, samples in chunks:
+        inputs = tree_map(_to_float32, to_device(arguments, device))
+        truth = run_float64(folded, inputs)
+        with full_precision(), torch.no_grad():
+            output = run_inputs(folded, inputs)
+        groups = detection_groups(output)
+        one = _Runs(folded, inputs, output_tensors(output), truth, {}, groups, samples, FoldRun())
+        runs.append(replace(one.reference(), alone=None))
+    return runs
 
 
 def resized_reference_run(

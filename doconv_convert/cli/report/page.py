@@ -77,6 +77,7 @@ def _fold(document: Json) -> Page:
         ("kernels folded", str(len(document["folded"]))),
         *_export_facts(export),
         *_mac_facts(proof),
+        *_inputs_fact(proof),
         ("written", ", ".join(written) or "nothing"),
     ]
     rows = layer_rows(document.get("layers"), proof)
@@ -99,7 +100,7 @@ def _verify(document: Json) -> Page:
         document["file"],
         _verdict(document["proven"], document),
         _checks(document),
-        _mac_facts(document),
+        [*_mac_facts(document), *_inputs_fact(document)],
         pictures=_layer_pictures(rows),
         tables=_tables(output_table(document["outputs"]), layer_table(rows)),
     )
@@ -125,7 +126,7 @@ def _one_rehearsal(model: Json) -> Page:
     proof = model["proof"] or {}
     steps = [Check(step["name"], step["state"], step["detail"]) for step in model["steps"]]
     rows = layer_rows(model.get("layers"), proof)
-    facts = [*_mac_facts(proof), ("convolutions", _counts(model["counts"]))]
+    facts = [*_mac_facts(proof), *_inputs_fact(proof), ("convolutions", _counts(model["counts"]))]
     if model["exporter"] is not None:
         facts += [("exporter", model["exporter"]), ("batch", "dynamic" if model["dynamic_batch"] else "static")]
     failed = model["status"].endswith(" failed")
@@ -218,6 +219,10 @@ def _export_facts(export: Json) -> list[tuple[str, str]]:
 def _mac_facts(proof: Json) -> list[tuple[str, str]]:
     macs = proof.get("macs")
     return [] if macs is None else [("multiply-accumulates of one sample", f"{macs:,} MACs (FLOPs = 2 x MACs)")]
+
+
+def _inputs_fact(proof: Json) -> list[tuple[str, str]]:
+    return [("compared on", proof["compared"])] if proof.get("compared") else []
 
 
 def _counts(counts: Mapping[str, int]) -> str:

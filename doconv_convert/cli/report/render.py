@@ -1,7 +1,7 @@
 """`--report out.html`: one self-contained page of a command's JSON document. Loaded only when it is asked for.
 
-Names of models, layers and files are anybody's text: jinja2 escapes all of it, and the page's own policy allows no
-script but ours and no network at all.
+Names of models, layers and files are anybody's text: it is made visible, jinja2 escapes all of it, and the page's own
+policy allows no script but ours and no network at all.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from doconv_convert.cli.escapes import visible_document
 from doconv_convert.cli.report.page import page_of
 from doconv_convert.files import atomic_write
 from doconv_convert.versions import __version__
@@ -32,7 +33,7 @@ def write_report(path: Path, command: str, document: Mapping[str, Any]) -> None:
 
 def render(command: str, document: Mapping[str, Any]) -> str:
     """The page of a document that `command --json` prints; the same document gives the same text."""
-    page = page_of(command, _visible(json.loads(json.dumps(document, default=str))))
+    page = page_of(command, visible_document(json.loads(json.dumps(document, default=str))))
     script, style = ((_PAGE / name).read_text(encoding="utf-8") for name in ("report.js", "report.css"))
     environment = Environment(
         loader=FileSystemLoader(_PAGE),
@@ -49,18 +50,6 @@ def render(command: str, document: Mapping[str, Any]) -> str:
         style_hash=_hash(style),
         version=__version__,
     )
-
-
-def _visible(value: Any) -> Any:
-    """The same document with every character that shows nothing, or turns what follows around, as an escape: control
-    and bidirectional characters, and the lone surrogates of file names that are no UTF-8."""
-    if isinstance(value, dict):
-        return {_visible(key): _visible(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_visible(one) for one in value]
-    if not isinstance(value, str) or value.isprintable():
-        return value
-    return "".join(one if one.isprintable() or one in "\n\t" else f"\\u{ord(one):04x}" for one in value)
 
 
 def _hash(text: str) -> str:

@@ -98,7 +98,7 @@ def test_from_the_file_to_a_proven_onnx(files: Path, tmp_path: Path) -> None:
     arguments = ("fold", tmp_path / "trained.safetensors", "--onnx", onnx, "-o", plain)
     untrusted = run_cli(*arguments)
     assert untrusted.exit_code == 1
-    assert f"its code is only run if you name it: --model {source}" in untrusted.stderr
+    assert f"its code is only run if you name it: --model {source.name}" in untrusted.stderr
     assert not onnx.exists()
 
     document = said(run_cli(*arguments, "--model", source, "--json"))
