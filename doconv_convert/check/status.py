@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from doconv_convert.check.macs.result import MacCount
 from doconv_convert.check.outputs.compare import OutputCheck
+from doconv_convert.words import visible
 
 if TYPE_CHECKING:
     from doconv_convert.rewrite.layer_stats import Layer
@@ -71,16 +72,16 @@ class Proof:
         return next((status.state for status in self.statuses if status.name == name), "not checked")
 
     def _repr_html_(self) -> str:
-        """As a notebook shows it: the verdict, and a row a check."""
+        """As a notebook shows it: the verdict, and a row a check; names in it are text."""
         from markupsafe import Markup
 
+        def findings(status: Status) -> Markup:
+            return Markup("").join(Markup("<br>- {}").format(visible(finding)) for finding in status.findings)
+
         row = Markup("<tr><td>{}</td><td><b>{}</b></td><td style='text-align:left'>{}{}</td></tr>")
-        rows = [
-            row.format(one.name, one.state, one.detail, Markup("").join(map(Markup("<br>- {}").format, one.findings)))
-            for one in self.statuses
-        ]
-        head = Markup("<p><b>{}</b>: {}</p>").format(self.file, self.verdict)
-        inputs = Markup("<p>compared on {}</p>").format(self.compared) if self.compared else ""
+        rows = [row.format(visible(one.name), one.state, visible(one.detail), findings(one)) for one in self.statuses]
+        head = Markup("<p><b>{}</b>: {}</p>").format(visible(self.file), self.verdict)
+        inputs = Markup("<p>compared on {}</p>").format(visible(self.compared)) if self.compared else ""
         return head + Markup("<table>") + Markup("").join(rows) + Markup("</table>") + inputs
 
     def to_json(self) -> dict[str, Any]:

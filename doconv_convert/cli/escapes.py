@@ -8,6 +8,7 @@ where a sentence is made: each of these functions is called at the one place whe
     a step's summary     markdown              GithubReport (github.py)
     the HTML report      visible_document      report/render.py, and jinja2's autoescape after it
     JSON                 json_text             Output (console.py)
+    a notebook           visible (words.py)    Proof (check/status.py), and markupsafe after it
 """
 
 from __future__ import annotations
@@ -17,27 +18,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-# Words and texts above these lose their middle: no layer's name is as long, a hostile file's may have megabytes.
-LONGEST_WORD, LONGEST_TEXT = 300, 10_000
-_LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD + 1},}}")
-# Fillers, joiners and variation selectors: Python calls them printable, though they show nothing.
-_BLANK = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
+from doconv_convert.words import visible
+
 # GitHub's runner obeys '##[command]' anywhere in a line, that of Azure '##vso[command]'.
 _HASH_COMMAND = re.compile(r"#(?=#\w*\[)")
 # What formats in Markdown, what makes a list or an address of the characters before it, and how lists and rules begin.
 _MARKDOWN = re.compile(r"[`*_\[\]<>#|~$@&]|\\(?!\w)|:(?=\S)|(?i:www)\.|^\d+[.)]|^[-+=]")
 # Mentions, references, formulas and emoji are looked for in the page that Markdown has become: only a tag stops them.
 _LOOKED_FOR_LATER = "@#$:"
-
-
-def visible(text: str) -> str:
-    """The text with each character that shows nothing, moves the cursor or turns text around as Python's escape of it
-    (`\\n`, `\\x1b`, `\\u202e`), lone surrogates too, and without the middle of what is far too long."""
-    if len(text) > LONGEST_WORD:
-        text = shortened(_LONG_WORD.sub(lambda word: shortened(word[0], LONGEST_WORD), text), LONGEST_TEXT)
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(_escaped(one) if not one.isprintable() or _BLANK.match(one) else one for one in text)
 
 
 def printable(text: str) -> str:
@@ -75,20 +63,8 @@ def visible_document(value: Any) -> Any:
     return visible(value) if isinstance(value, str) else value
 
 
-def shortened(text: str, longest: int) -> str:
-    """The text, or its beginning and its end and how much was between them."""
-    if len(text) <= longest:
-        return text
-    begin, end = longest * 2 // 3, longest // 4
-    return f"{text[:begin]}...({len(text) - begin - end:,} characters)...{text[-end:]}"
-
-
 def _without_hash_commands(text: str) -> str:
     return _HASH_COMMAND.sub(r"\\x23", text)
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
 
 
 def _reference(mark: str) -> str:

@@ -20,7 +20,7 @@ from doconv_convert.rewrite.fold_kernels import FOLD_TOLERANCE
 from doconv_convert.rewrite.layer_stats import Layer, trained_layers
 from doconv_convert.rewrite.linear.region_check import REGION_TOLERANCE
 from doconv_convert.rewrite.linear.steps import Merge
-from doconv_convert.words import counted
+from doconv_convert.words import counted, visible
 from doconv_convert.workflows.trained_model import TrainedCheckpoint
 
 
@@ -47,7 +47,11 @@ class FoldResult:
 
     def _repr_html_(self) -> str:
         """As a notebook shows it."""
-        return repr(self.written) if self.proof is None else self.proof._repr_html_()
+        from markupsafe import escape
+
+        if self.proof is not None:
+            return self.proof._repr_html_()
+        return escape(", ".join(visible(str(path)) for path in self.written))
 
     @property
     def proven(self) -> bool:

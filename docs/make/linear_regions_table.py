@@ -30,8 +30,13 @@ def table(data: dict[str, Any]) -> str:
         )
         error = f"{ours['error']:.0e}"
         lines.append(f"| {' | '.join([name, *figures, millions, error, *theirs])} |")
+    head = (
+        "## timm's families\n\ntimm has fuse code for these families. Both folds start from the same network in float64, with "
+        "batch norms\ncalibrated on random images; errors are the largest difference of an output, of its scale. Made by\n"
+        "`python benchmarks/evidence/linear_regions.py`.\n"
+    )
     versions = ", ".join(f"{name} {version}" for name, version in sorted(data["versions"].items()))
-    return "\n".join([*lines, "", f"With {versions}.", ""])
+    return "\n".join([head, *lines, "", f"With {versions}."])
 
 
 def page(text: str, data: dict[str, Any]) -> str:

@@ -26,16 +26,9 @@ from doconv_convert.check.outputs.compare import OutputCheck
 from doconv_convert.check.outputs.expected import ReferenceRun
 from doconv_convert.check.status import Proof, Status
 from doconv_convert.cli.console import Output
-from doconv_convert.cli.escapes import (
-    LONGEST_TEXT,
-    LONGEST_WORD,
-    annotation,
-    json_text,
-    markdown,
-    printable,
-    visible,
-)
+from doconv_convert.cli.escapes import annotation, json_text, markdown, printable
 from doconv_convert.cli.github import TABLE_BYTES, GithubReport
+from doconv_convert.words import LONGEST_TEXT, LONGEST_WORD, visible
 
 # C0, DEL and C1, ANSI and OSC, marks that turn text around or show nothing, line ends of every kind, commands of three
 # runners, and what Markdown and HTML read.
@@ -446,6 +439,14 @@ def test_a_terminal_gets_no_command_either(monkeypatch: pytest.MonkeyPatch, caps
     said = capsys.readouterr().out
     require_clean(Said(0, said, "", "", ""))
     assert ":bomb:" in said  # no emoji for it
+
+
+def test_a_notebook_shows_names_as_text() -> None:
+    shown = Proof(POISON, [Status(POISON, "failed", POISON, (POISON, POISON))])._repr_html_()
+    assert shown.count("POISON") == 2 * 5
+    assert shown.isprintable()
+    assert Tags(shown).found == {"p", "b", "table", "tr", "td", "br"}
+    assert "<b>bold" not in shown
 
 
 # What each function is for, character by character.

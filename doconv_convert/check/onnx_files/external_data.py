@@ -37,21 +37,25 @@ def require_own_data(path: Path) -> None:
     by way of a link, in what is no regular file, beyond the end of that file, or in memory."""
     if not _names_files(path):
         return
-    folder = path.parent
-    inside = folder.resolve()
     for tensor in _external(read_model(path)):
-        location = _location(tensor)
-        try:
-            place = (folder / location).resolve()
-            found = place.stat()
-        except (OSError, ValueError, RuntimeError) as error:  # also for a zero byte, and links in a circle
-            reason = getattr(error, "strerror", None) or error
-            raise _refused(tensor, location, f"cannot be read ({reason}); ship it beside the model") from error
-        if not place.is_relative_to(inside):
-            raise _refused(tensor, location, "is a link out of the model's folder; put the file itself there")
-        if not S_ISREG(found.st_mode):
-            raise _refused(tensor, location, "is no regular file; export the model again")
-        _require_range(tensor, location, found.st_size)
+        own_file(tensor, path.parent)
+
+
+def own_file(tensor: TensorProto, folder: Path) -> Path:
+    """The file with the external data of a tensor of a model in `folder`. Raises as `require_own_data`."""
+    location = _location(tensor)
+    try:
+        place = (folder / location).resolve()
+        found, inside = place.stat(), folder.resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # also for a zero byte, and links in a circle
+        reason = getattr(error, "strerror", None) or error
+        raise _refused(tensor, location, f"cannot be read ({reason}); ship it beside the model") from error
+    if not place.is_relative_to(inside):
+        raise _refused(tensor, location, "is a link out of the model's folder; put the file itself there")
+    if not S_ISREG(found.st_mode):
+        raise _refused(tensor, location, "is no regular file; export the model again")
+    _require_range(tensor, location, found.st_size)
+    return place
 
 
 def _names_files(path: Path) -> bool:

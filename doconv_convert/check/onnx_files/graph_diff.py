@@ -17,7 +17,6 @@ from typing import TypeAlias
 import onnx
 from onnx import AttributeProto, TensorProto, helper
 
-from doconv_convert.check.onnx_files.external_data import require_own_data
 from doconv_convert.check.onnx_files.model import ModelSource, present, read_model
 from doconv_convert.check.onnx_files.tensors import differing, dtype_text, elements, tensor_text
 from doconv_convert.errors import DoconvError
@@ -80,8 +79,6 @@ class _Listing:
 
     @classmethod
     def of(cls, source: ModelSource) -> "_Listing":
-        if not isinstance(source, onnx.ModelProto):
-            require_own_data(Path(source))
         model = read_model(source)
         listing = cls(None if isinstance(source, onnx.ModelProto) else Path(source).parent)
         graph = model.graph

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
+from doconv_convert.check.onnx_files.external_data import own_file
 from doconv_convert.errors import DoconvError
 
 # Elements compared at a time: 16 MiB of float32.
@@ -39,8 +40,10 @@ def differing(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> Iterator[str]
 
 
 def elements(tensor: TensorProto, folder: Path | None) -> np.ndarray[Any, Any]:
-    """The tensor's elements as a flat array; mapped, not read, where they lie in an external file (which the caller has
-    checked, `require_own_data`)."""
+    """The tensor's elements as a flat array; mapped, not read, where they lie in an external file.
+
+    Raises DoconvError where they cannot be read, or lie in a file that is not the model's own (`own_file`).
+    """
     if tensor.data_type == TensorProto.STRING:
         return np.array(tensor.string_data, dtype=object)
     try:
@@ -48,12 +51,13 @@ def elements(tensor: TensorProto, folder: Path | None) -> np.ndarray[Any, Any]:
             return numpy_helper.to_array(tensor).reshape(-1)
         if folder is None:
             raise DoconvError(f"initializer '{tensor.name}' lies in an external file: pass the model's path")
+        place = own_file(tensor, folder)
         dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
         if dtype.kind == "V" or not prod(tensor.dims):  # numpy cannot map packed types, nor nothing
             return numpy_helper.to_array(tensor, os.fspath(folder)).reshape(-1)
         info = external_data_helper.ExternalDataInfo(tensor)
         shape = (prod(tensor.dims),)
-        return np.memmap(folder / info.location, dtype, mode="r", offset=info.offset or 0, shape=shape)
+        return np.memmap(place, dtype, mode="r", offset=info.offset or 0, shape=shape)
     except (OSError, ValueError, KeyError, TypeError, onnx.checker.ValidationError) as error:
         raise DoconvError(f"the values of initializer '{tensor.name}' cannot be read ({error})") from error
 

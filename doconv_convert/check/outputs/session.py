@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
 from doconv_convert.check.onnx_files.external_data import require_own_data
@@ -84,6 +84,9 @@ def _with_small_tensors(model: ModelProto, folder: str) -> ModelProto:
     for tensor in model.graph.initializer:
         if uses_external_data(tensor) and math.prod(tensor.dims) <= _SMALL:
             load_external_data_for_tensor(tensor, folder)
+            # which onnx 1.18 leaves as they were
+            tensor.data_location = TensorProto.DEFAULT
+            del tensor.external_data[:]
     return model
 
 
