@@ -11,6 +11,12 @@ from typing import Any
 
 DOCS = Path(__file__).resolve().parents[1]
 PAGE, DATA = DOCS / "linear_regions.md", DOCS / "data" / "linear_regions.json"
+HEAD = """## timm's families
+
+timm has fuse code for these families. Both folds start from the same network in float64, with batch norms calibrated on
+random images; errors are the largest difference of an output, of its scale. Made by
+`python benchmarks/evidence/linear_regions.py`.
+"""
 START, END = "<!-- table -->\n", "<!-- end -->\n"
 
 
@@ -30,13 +36,8 @@ def table(data: dict[str, Any]) -> str:
         )
         error = f"{ours['error']:.0e}"
         lines.append(f"| {' | '.join([name, *figures, millions, error, *theirs])} |")
-    head = (
-        "## timm's families\n\ntimm has fuse code for these families. Both folds start from the same network in float64, with "
-        "batch norms\ncalibrated on random images; errors are the largest difference of an output, of its scale. Made by\n"
-        "`python benchmarks/evidence/linear_regions.py`.\n"
-    )
     versions = ", ".join(f"{name} {version}" for name, version in sorted(data["versions"].items()))
-    return "\n".join([head, *lines, "", f"With {versions}."])
+    return "\n".join([HEAD, *lines, "", f"With {versions}."])
 
 
 def page(text: str, data: dict[str, Any]) -> str:
