@@ -39,7 +39,7 @@ _LAZY_IMPORTS = {
     "save": "artifacts.checkpoints.checkpoint",
     "load": "artifacts.checkpoints.checkpoint",
     "export_onnx": "artifacts.export.exporter",
-    "count_macs": "check.macs.counting",
+    "count_macs": "check.macs.files",
     "prove": "workflows.prove",
     "verify": "workflows.verify",
     "rehearse": "workflows.rehearsal.rehearse",
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from doconv_convert.artifacts.checkpoints.checkpoint import load as load
     from doconv_convert.artifacts.checkpoints.checkpoint import save as save
     from doconv_convert.artifacts.export.exporter import export_onnx as export_onnx
-    from doconv_convert.check.macs.counting import count_macs as count_macs
+    from doconv_convert.check.macs.files import count_macs as count_macs
     from doconv_convert.errors import DoconvError as DoconvError
     from doconv_convert.errors import UsageError as UsageError
     from doconv_convert.nn.cached import cached as cached

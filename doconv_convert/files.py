@@ -158,3 +158,10 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def require_file(path: Path, expected: str) -> None:
+    """Raises DoconvError where there is no regular file: opening a pipe or a device could wait for ever."""
+    if not path.is_file():
+        what = "is not a regular file" if path.exists() else "does not exist"
+        raise DoconvError(f"'{path}' {what}; expected {expected}.")

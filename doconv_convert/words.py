@@ -24,6 +24,15 @@ def listed(names: Collection[object]) -> str:
     return f"{shown}, ..." if len(names) > _SHOWN else shown
 
 
+def clipped(name: str, longest: int = 300) -> str:
+    """A name of which only the start is shown where it is longer.
+
+    >>> clipped("conv"), clipped("a" * 9, 4)
+    ('conv', 'aaaa...')
+    """
+    return name if len(name) <= longest else f"{name[:longest]}..."
+
+
 def counted(number: int, noun: str) -> str:
     """A number with its noun.
 

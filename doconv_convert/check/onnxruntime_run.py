@@ -22,22 +22,28 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
-def check_outputs(candidate: Path, reference: ReferenceRun) -> tuple[Status, list[OutputCheck]]:
-    """onnxruntime against the float64 run of the trained model."""
+def check_outputs(
+    candidate: Path, reference: ReferenceRun, timeout: float | None = None
+) -> tuple[Status, list[OutputCheck]]:
+    """onnxruntime against the float64 run of the trained model; each run ends after `timeout` seconds."""
     if reference.fold is not None and reference.fold.random is not None:
         detail = (
             "the network is not deterministic in eval mode, so there is nothing to compare with; turn off what is "
             "random there (dropout, noise) or changes from call to call"
         )
         return Status("outputs", "failed", detail, (reference.fold.random,)), []
-    return retry_in_float64(lambda precise, floor: _compare(OnnxSession(candidate, precise=precise), reference, floor))
+
+    def compare(precise: bool, floor: float) -> tuple[Status, list[OutputCheck]]:
+        return _compare(OnnxSession(candidate, precise=precise, timeout=timeout), reference, floor)
+
+    return retry_in_float64(compare)
 
 
-def check_resized(candidate: Path, reference: ReferenceRun) -> Status:
+def check_resized(candidate: Path, reference: ReferenceRun, timeout: float | None = None) -> Status:
     """The outputs at other sizes than the traced ones."""
     shapes = ", ".join("x".join(map(str, array.shape)) for array in reference.inputs)
     try:
-        status, _ = check_outputs(candidate, reference)
+        status, _ = check_outputs(candidate, reference, timeout)
     except DoconvError as error:
         return Status("other sizes", "failed", f"on inputs of {shapes}: {error}")
     return replace(status, name="other sizes", detail=f"on inputs of {shapes}: {status.detail}")

@@ -7,7 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from doconv_convert.check.coverage import check_coverage, with_branches
-from doconv_convert.check.macs.counting import MacCount, compare_counts, count_macs, describe_count
+from doconv_convert.check.macs.counting import count_macs
+from doconv_convert.check.macs.figures import compare_counts, describe_count
+from doconv_convert.check.macs.files import count_macs as count_with_limits
+from doconv_convert.check.macs.result import MacCount
 from doconv_convert.check.merged import Merged, check_merged_graph
 from doconv_convert.check.onnx_files.graph_diff import GraphComparison, compare_graphs
 from doconv_convert.check.onnx_files.leftovers import leftover_composition
@@ -28,22 +31,25 @@ def prove(
     resized: ReferenceRun | None = None,
     min_coverage: float = 0.0,
     merged: Merged | None = None,
+    timeout: float | None = None,
 ) -> Proof:
     """Every check of one file; `resized` are the same models at other sizes of their dynamic dimensions. Where linear
-    regions were `merged`, the baseline is the network from before."""
+    regions were `merged`, the baseline is the network from before. `timeout` ends each run of a file that need not be
+    ours."""
     fold, reference = with_function(fold, reference.fold), with_branches(reference, candidate)
     graph = check_graph(baseline, candidate) if merged is None else check_merged_graph(baseline, candidate, merged)
     proof = Proof(str(candidate), [fold, graph], compared=reference.compared)
-    status, count = check_macs(baseline, candidate, reference.inputs, fewer=merged is not None)
+    ours, fewer = proof.state("graph") == "passed", merged is not None
+    status, count = check_macs(baseline, candidate, reference.inputs, ours=ours, fewer=fewer)
     proof.statuses.append(status)
     proof.macs, proof.count = count.total, count
     try:
-        status, proof.outputs = check_outputs(candidate, reference)
+        status, proof.outputs = check_outputs(candidate, reference, timeout)
     except DoconvError as error:
         status = Status("outputs", "failed", str(error))
     proof.statuses.append(status)
     if resized is not None:
-        proof.statuses.append(check_resized(candidate, resized))
+        proof.statuses.append(check_resized(candidate, resized, timeout))
     proof.sensitivity, proof.uncovered_reason = reference.sensitivity, reference.uncovered_reason
     proof.statuses.append(check_coverage(reference, proof.state("graph"), fold.state, min_coverage))
     return proof
@@ -87,12 +93,18 @@ def check_weights(baseline: Path, candidate: Path) -> Status:
 
 
 def check_macs(
-    baseline: Path | MacCount, candidate: Path, inputs: Sequence[Array] = (), *, fewer: bool = False
+    baseline: Path | MacCount,
+    candidate: Path,
+    inputs: Sequence[Array] = (),
+    *,
+    ours: bool = True,
+    fewer: bool = False,
 ) -> tuple[Status, MacCount]:
     """MACs as exact integers, per node and in total, of one sample (of the whole batch that a static file fixes);
-    `inputs` have the sizes for other dynamic dimensions. With `fewer` they need not be equal, but never more."""
+    `inputs` have the sizes for other dynamic dimensions. A candidate that is not `ours` is counted with limits. With
+    `fewer` they need not be equal, but never more."""
     expected = baseline if isinstance(baseline, MacCount) else count_macs(baseline, dynamic_sizes(baseline, inputs))
-    count = count_macs(candidate, dynamic_sizes(candidate, inputs))
+    count = (count_macs if ours else count_with_limits)(candidate, dynamic_sizes(candidate, inputs))
     differences = _more(expected, count) if fewer else compare_counts(expected, count)
     figure = describe_count(count)
     if count.uncounted:

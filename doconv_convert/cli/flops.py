@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from doconv_convert.cli import options as o
 from doconv_convert.cli.console import Output, check_failed, output
-from doconv_convert.words import counted
+from doconv_convert.words import counted, listed
 
 if TYPE_CHECKING:
     from doconv_convert.workflows.count import CountResult
+
+_SHOWN_NODES = 1000  # laying out a table takes a millisecond a row
 
 
 def flops(
@@ -35,6 +38,10 @@ def flops(
         list[str] | None,
         typer.Option("--ignore", metavar="OP", help="An uncounted operator that multiplies nothing; repeats."),
     ] = None,
+    allow_assumed: Annotated[
+        bool, typer.Option("--allow-assumed", help="Believe sizes that the file states and no operator confirms.")
+    ] = False,
+    timeout: o.Timeout = None,
     model_args: o.ModelArgs = None,
     input_shape: o.InputShape = None,
     form: o.As = None,
@@ -42,10 +49,11 @@ def flops(
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
-    """Count multiply-accumulates (MACs) of one sample; FLOPs = 2 x MACs."""
+    """Count multiply-accumulates (MACs) of one run, at a batch of 1 where it is dynamic; FLOPs = 2 x MACs."""
     as_json, github = o.chosen_format(form, as_json, model)
     with output(as_json, quiet, debug, {"counting": 1.0}, github=github, files=(model, against)) as shown:
-        from doconv_convert.check.macs.counting import parse_macs
+        from doconv_convert.check.confined import SECONDS
+        from doconv_convert.check.macs.figures import parse_macs
         from doconv_convert.workflows.count import CountRequest, count_models
 
         request = CountRequest(
@@ -57,6 +65,8 @@ def flops(
             ignore=ignore or (),
             model_args=o.parse_model_args(model_args),
             input_shapes=input_shape or (),
+            allow_assumed=allow_assumed,
+            timeout=timeout or SECONDS,
         )
         o.announce_code(shown, model, against)
         result = count_models(request)
@@ -67,35 +77,34 @@ def flops(
 
 
 def _show(shown: Output, result: CountResult) -> None:
-    from doconv_convert.check.macs.counting import format_macs
+    from doconv_convert.check.macs.figures import format_macs
 
     count, asked = result.count, result.request
-    rows = [[node.name, node.op, node.parameters, node.macs] for node in count.nodes]
+    rows = [[node.name, node.op, node.parameters, node.macs] for node in count.nodes[:_SHOWN_NODES]]
     shown.table(["node", "op", "parameters", "MACs"], rows, right=(2, 3))
-    shown.say(f"{asked.model}: {format_macs(count.total)} ({count.total:,} MACs; FLOPs = 2 x MACs)")
-    for sentence in count.assumed:
+    if len(count.nodes) > _SHOWN_NODES:
+        shown.say(f"and {counted(len(count.nodes) - _SHOWN_NODES, 'more node')}; --json has them all")
+    sizes = listed([f"{name} {_shape(shape)}" for name, shape in count.inputs.items()])
+    run = f"; one run on {sizes}" if sizes else ""
+    shown.say(f"{asked.model}: {format_macs(count.total)} ({count.total:,} MACs; FLOPs = 2 x MACs){run}")
+    for sentence in count.assumed[:_SHOWN_NODES]:
         shown.say(f"assumed: {sentence}")
-    for op, number in count.uncounted.items():
+    for op, number in list(count.uncounted.items())[:_SHOWN_NODES]:
         shown.say(f"not counted: {number} {op}")
     _show_regions(shown, result)
-    if asked.most is not None:
-        most = format_macs(asked.most)
-        if count.total > asked.most:
-            shown.problem(f"over budget: {format_macs(count.total)}, at most {most} are allowed")
-        elif not result.within:
-            ops = ", ".join(f"--ignore {op}" for op in count.uncounted)
-            shown.problem(f"the budget cannot be checked, some MACs are not counted; if they are none: {ops}")
-        else:
-            shown.say(f"within budget: at most {most} are allowed")
+    _show_budget(shown, result)
     for difference in result.differences:
         shown.problem(f"differs: {difference}")
-    if asked.against is not None and not result.differences:
+    if result.unconfirmed and (asked.most is not None or asked.against is not None):
+        names = listed([f"'{name}'" for name in result.unconfirmed])
+        shown.problem(f"no operator confirms the sizes that the file states for {names}; if right: --allow-assumed")
+    elif asked.against is not None and not result.differences:
         but = ", but for what is not counted" if count.uncounted else ""
         shown.say(f"equal to {asked.against}, node by node{but}")
 
 
 def _show_regions(shown: Output, result: CountResult) -> None:
-    from doconv_convert.check.macs.counting import format_macs
+    from doconv_convert.check.macs.figures import format_macs
     from doconv_convert.check.macs.regions import wasted_macs
 
     regions, most = result.regions, result.request.max_regions
@@ -109,3 +118,23 @@ def _show_regions(shown: Output, result: CountResult) -> None:
         say(f"{total}; `doconv-convert fold FILE.onnx --merge branches -o FOLDED.onnx` makes one convolution of each")
     if not result.few_regions:
         shown.problem(f"too many linear regions: {len(regions)}, at most {most} are allowed")
+
+
+def _show_budget(shown: Output, result: CountResult) -> None:
+    from doconv_convert.check.macs.figures import format_macs
+
+    count, asked = result.count, result.request
+    if asked.most is None:
+        return
+    most = format_macs(asked.most)
+    if count.total > asked.most:
+        shown.problem(f"over budget: {format_macs(count.total)}, at most {most} are allowed")
+    elif count.uncounted:
+        ops = ", ".join(f"--ignore {op}" for op in list(count.uncounted)[:_SHOWN_NODES])
+        shown.problem(f"the budget cannot be checked, some MACs are not counted; if they are none: {ops}")
+    elif result.within:
+        shown.say(f"within budget: at most {most} are allowed")
+
+
+def _shape(shape: Sequence[int] | None) -> str:
+    return "of unknown size" if shape is None else "x".join(map(str, shape)) or "scalar"

@@ -29,6 +29,7 @@ _OPTIONS = {
     "onnx": "--onnx",
     "plain": "-o",
     "prefix": "--prefix",
+    "timeout": "--timeout",
     "verify=False": "--no-verify",
     "weights": "--weights",
 }

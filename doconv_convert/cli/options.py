@@ -90,6 +90,10 @@ MinCoverage = Annotated[
         help="The part of the kernels that run, a change in which the compared outputs must show.",
     ),
 ]
+Timeout = Annotated[
+    float | None,
+    typer.Option("--timeout", metavar="S", min=1.0, help="End the work on a file after S seconds of computing."),
+]
 Device = Annotated[
     str, typer.Option("--device", metavar="cpu|cuda", help="Where the checks run in torch; exports run on the CPU.")
 ]

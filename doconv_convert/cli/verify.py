@@ -48,6 +48,7 @@ def verify(
     merge: o.MergeOption = o.MergeChoice.none,
     device: o.Device = "cpu",
     min_coverage: o.MinCoverage = 0.0,
+    timeout: o.Timeout = None,
     graph_only: Annotated[
         bool, typer.Option("--graph-only", help="Pass on equal graphs and MACs where a SOURCE has no weights.")
     ] = False,
@@ -80,7 +81,7 @@ def verify(
                 from doconv_convert.workflows.verify import CERTIFICATE_ALONE
 
                 raise UsageError(CERTIFICATE_ALONE)
-            _with_certificate(shown, candidate, certificate, input_file, report, attest)
+            _with_certificate(shown, candidate, certificate, input_file, timeout, report, attest)
             return
         from doconv_convert.workflows.verify import Reference, verify_file
 
@@ -98,6 +99,7 @@ def verify(
             input_file=input_file,
             device=device,
             min_coverage=min_coverage,
+            timeout=timeout,
             layers=as_json or report is not None,
         )
         o.announce_code(shown, against, model)
@@ -108,13 +110,19 @@ def verify(
 
 
 def _with_certificate(
-    shown: Output, candidate: Path, certificate: Path, samples: Path | None, report: Path | None, attest: Path | None
+    shown: Output,
+    candidate: Path,
+    certificate: Path,
+    samples: Path | None,
+    timeout: float | None,
+    report: Path | None,
+    attest: Path | None,
 ) -> None:
     from doconv_convert.check.certificate.certificate import write_statement
     from doconv_convert.check.certificate.verify import verify_certificate
 
     o.check_report(attest, candidate, certificate, samples, report, option="--attest")
-    _show(shown, verify_certificate(candidate, certificate, samples), report, enough=False)
+    _show(shown, verify_certificate(candidate, certificate, samples, timeout), report, enough=False)
     if attest is not None:
         write_statement(certificate, attest)
         shown.say(f"wrote {attest}, an in-toto statement; it is not signed yet")

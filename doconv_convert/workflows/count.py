@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from doconv_convert.artifacts.export.job import Flags
-from doconv_convert.check.macs.counting import compare_counts, count_macs, dynamic_dims
+from doconv_convert.check.confined import SECONDS, Confined, confined
+from doconv_convert.check.macs.figures import compare_counts
+from doconv_convert.check.macs.files import count_file, dims_of_file
 from doconv_convert.check.macs.regions import RegionLeft, regions_left
 from doconv_convert.check.macs.result import MacCount
 from doconv_convert.errors import UsageError
+from doconv_convert.words import listed
+
+if TYPE_CHECKING:
+    from doconv_convert.artifacts.export.job import Flags
 
 
 @dataclass(frozen=True)
@@ -30,15 +36,19 @@ class CountRequest:
     ignore: Sequence[str] = ()
     model_args: Mapping[str, Any] = field(default_factory=dict)
     input_shapes: Sequence[str] = ()
+    allow_assumed: bool = False
+    timeout: float = SECONDS
 
 
 @dataclass(frozen=True)
 class CountResult:
-    """The count, and what it was compared with: `differences` from `against`, whether it is `within` the budget."""
+    """The count, and what it was compared with: `differences` from `against`, whether it is `within` the budget.
+    `unconfirmed` are values, of either file, whose sizes no operator confirms, unless those are allowed."""
 
     request: CountRequest
     count: MacCount
     differences: tuple[str, ...] = ()
+    unconfirmed: tuple[str, ...] = ()
     regions: tuple[RegionLeft, ...] = ()
 
     @property
@@ -50,11 +60,16 @@ class CountResult:
     def within(self) -> bool:
         """Whether nothing is above the budget, or out of its sight; True without one."""
         most = self.request.most
-        return most is None or (self.count.total <= most and not self.count.uncounted)
+        return most is None or (self.count.total <= most and not self.count.uncounted and not self.unconfirmed)
+
+    @property
+    def equal(self) -> bool:
+        """Whether it has the MACs of `against`, for all that is known; True without one."""
+        return self.request.against is None or not (self.differences or self.unconfirmed)
 
     @property
     def failed(self) -> bool:
-        return not self.within or not self.few_regions or bool(self.differences)
+        return not (self.within and self.equal and self.few_regions)
 
     def to_json(self) -> dict[str, Any]:
         asked, count = self.request, self.count
@@ -65,6 +80,8 @@ class CountResult:
             "nodes": [vars(node) for node in count.nodes],
             "uncounted": count.uncounted,
             "assumed": count.assumed,
+            "claimed": count.claimed,
+            "inputs": count.inputs,
         }
         if self.regions or asked.max_regions is not None:
             document["linear_regions"] = [asdict(region) for region in self.regions]
@@ -74,7 +91,7 @@ class CountResult:
             document |= {"max": asked.most, "within": self.within}
         if asked.against is not None:
             differences = list(self.differences)
-            document |= {"against": asked.against, "differences": differences, "equal": not differences}
+            document |= {"against": asked.against, "differences": differences, "equal": self.equal}
         return document
 
 
@@ -84,42 +101,44 @@ def count_models(request: CountRequest) -> CountResult:
     Raises UsageError for a size without a dimension, DoconvError for what cannot be read or exported.
     """
     models = [request.model] if request.against is None else [request.model, request.against]
-    known = {model: dynamic_dims(model) for model in models if Path(model).suffix == ".onnx"}
-    for name in request.dims:
-        if not any(name in names for names in known.values()):
-            have = sorted({one for names in known.values() for one in names}) or "none"
-            raise UsageError(f"`dims`: no dynamic dimension is named '{name}', the files have {have}.")
-    counts = [_count(model, known.get(model), request) for model in models]
-    differences = compare_counts(counts[1][0], counts[0][0]) if request.against is not None else ()
-    return CountResult(request, counts[0][0], tuple(differences), counts[0][1])
+    with ExitStack() as scope:
+        files = [model for model in models if Path(model).suffix == ".onnx"]
+        process = scope.enter_context(confined()) if files else None
+        known = {model: dims_of_file(process, Path(model), request.timeout) for model in files if process}
+        for name in request.dims:
+            if not any(name in names for names in known.values()):
+                have = listed([f"'{one}'" for one in sorted({one for names in known.values() for one in names})])
+                raise UsageError(f"`dims`: no dynamic dimension is named '{name}', the files have {have or 'none'}.")
+        counts = [_count(process, model, known.get(model), request) for model in models]
+    differences = compare_counts(counts[1], counts[0]) if request.against is not None else ()
+    claimed = () if request.allow_assumed else tuple(dict.fromkeys(name for one in counts for name in one.claimed))
+    regions = _regions(request, counts[0], known.get(request.model))
+    return CountResult(request, counts[0], tuple(differences), claimed, regions)
 
 
-Counted = tuple[MacCount, tuple[RegionLeft, ...]]
-
-
-def _count(model: str, dims: Sequence[str] | None, request: CountRequest) -> Counted:
+def _regions(request: CountRequest, count: MacCount, dims: Sequence[str] | None) -> tuple[RegionLeft, ...]:
+    """Those of a file; a SOURCE's are told by its plan."""
     if dims is None:
-        return _count_source(model, request.model_args, request.input_shapes, request.ignore)
+        return ()
     bound = {name: size for name, size in request.dims.items() if name in dims}
-    return _count_file(Path(model), bound, request.ignore, required=request.max_regions is not None)
+    return regions_left(Path(request.model), count, bound, request.ignore, required=request.max_regions is not None)
 
 
-def _count_file(path: Path, dims: Mapping[str, int] | None, ignore: Sequence[str], *, required: bool = True) -> Counted:
-    count = count_macs(path, dims, ignore)
-    return count, regions_left(path, count, dims, ignore, required=required)
+def _count(process: Confined | None, model: str, dims: Sequence[str] | None, request: CountRequest) -> MacCount:
+    if dims is None or process is None:
+        return count_source(model, request.model_args, request.input_shapes, request.ignore)
+    bound = {name: size for name, size in request.dims.items() if name in dims}
+    return count_file(process, Path(model), bound, request.ignore, request.timeout)
 
 
 def count_source(
     text: str, model_args: Mapping[str, Any], input_shapes: Sequence[str], ignore: Sequence[str] = ()
 ) -> MacCount:
-    """MACs of one sample of a SOURCE's plain network, counted on its ONNX export."""
-    return _count_source(text, model_args, input_shapes, ignore)[0]
-
-
-def _count_source(
-    text: str, model_args: Mapping[str, Any], input_shapes: Sequence[str], ignore: Sequence[str]
-) -> Counted:
+    """MACs of one run of a SOURCE's plain network, counted on its ONNX export: of one sample, or of the batch that an
+    exported program fixes (`.inputs` says)."""
+    from doconv_convert.artifacts.export.job import Flags
     from doconv_convert.artifacts.models import find_inputs, is_checkpoint, open_model
+    from doconv_convert.check.macs.counting import count_macs
     from doconv_convert.rewrite.fold import fold_in_place
     from doconv_convert.workflows.exports import export_baseline, is_dynamic
     from doconv_convert.workflows.rehearsal.randomize import use_every_parameter
@@ -142,4 +161,4 @@ def _count_source(
         baseline = export(folder, Flags())
         if not (inputs.image_list or is_dynamic(baseline)):  # its count would be that of the traced batch
             baseline = export(folder, Flags(dynamic_batch=False), inputs.fixed_batch or 1)
-        return _count_file(baseline, None, ignore)
+        return count_macs(baseline, ignore=ignore)

@@ -11,19 +11,20 @@ from typing import TYPE_CHECKING, Any
 from doconv_convert.artifacts.checkpoints.unwrap import Selection
 from doconv_convert.artifacts.export.job import Flags
 from doconv_convert.check.certificate.verify import verify_certificate
-from doconv_convert.check.compare_files import compare_files
 from doconv_convert.check.outputs.compare import Array
-from doconv_convert.check.proof import check_graph, check_macs, prove
 from doconv_convert.check.status import Proof, Status
-from doconv_convert.errors import DoconvError, UsageError
+from doconv_convert.errors import UsageError
+from doconv_convert.files import require_file
 from doconv_convert.rewrite.linear.steps import Merge
 from doconv_convert.rewrite.options import Options
-from doconv_convert.workflows.onnx_samples import onnx_samples
+from doconv_convert.workflows.onnx_pair import compare_pair
 
 if TYPE_CHECKING:
     from doconv_convert.artifacts.models import SourceModel
 
 Progress = Callable[[str], None]
+# of each run of a file, beside the network's own in torch, which takes as long
+_SECONDS = 600.0
 
 CERTIFICATE_ALONE = "verify: `model` and `weights` go with `against`; a certificate names its own network."
 
@@ -45,6 +46,7 @@ class Reference:
     input_file: Path | None = None
     device: str = "cpu"
     min_coverage: float = 0.0
+    timeout: float | None = None
     layers: bool = False  # tell how training moved each D, too (`Proof.layers`)
 
 
@@ -71,6 +73,7 @@ def verify(
     dynamic: Mapping[str, Mapping[int, str]] | None = None,
     device: str = "cpu",
     min_coverage: float = 0.0,
+    timeout: float | None = None,
 ) -> Proof:
     """Check the ONNX file `candidate` against an ONNX file, a checkpoint (with `model` where it has no recipe)
     or a source (with `weights`; without them graph and MACs only); or against its `certificate`.
@@ -89,6 +92,7 @@ def verify(
         opset, input_names, output_names, dynamic_batch, dynamic: how the file was exported (`export_onnx`).
         device: where torch runs, "cpu" or "cuda".
         min_coverage: the share of the kernels that must show in the outputs, 0 to 1.
+        timeout: the seconds of computing after which a run of an ONNX file is ended; by default that follows its MACs.
 
     Returns:
         The proof: `.proven`, `.equivalent`, `.failed` and `.statuses`.
@@ -103,7 +107,7 @@ def verify(
     if certificate is not None:
         if model is not None or weights is not None:
             raise UsageError(CERTIFICATE_ALONE)
-        return verify_certificate(Path(candidate), Path(certificate), samples)
+        return verify_certificate(Path(candidate), Path(certificate), samples, timeout)
     reference = Reference(
         str(against),
         model,
@@ -118,24 +122,24 @@ def verify(
         samples,
         device,
         min_coverage,
+        timeout,
     )
     return verify_file(Path(candidate), reference)
 
 
 def verify_file(candidate: Path, reference: Reference, progress: Progress = lambda text: None) -> Proof:
     """As `verify`, with what the file is compared with in one value."""
-    if not candidate.is_file():
-        raise DoconvError(f"'{candidate}' is no file; expected an ONNX model.")
+    require_file(candidate, "an ONNX model")
     if Path(reference.against).suffix == ".onnx":
-        baseline = Path(reference.against)
-        inputs = onnx_samples(baseline, reference.input_shapes, reference.input_file)
-        return compare_files(baseline, candidate, inputs)
+        baseline, shapes = Path(reference.against), reference.input_shapes
+        return compare_pair(baseline, candidate, shapes, reference.input_file, reference.timeout)
     return _against_torch(candidate, reference, progress)
 
 
 def _against_torch(candidate: Path, reference: Reference, progress: Progress) -> Proof:
     from doconv_convert.artifacts.checkpoints.recipe import recipe_sites
     from doconv_convert.artifacts.models import find_inputs
+    from doconv_convert.check.proof import prove
     from doconv_convert.check.torch_runs.device import find_device
     from doconv_convert.rewrite.convert import copy_model
     from doconv_convert.rewrite.fold import fold_in_place
@@ -182,7 +186,8 @@ def _against_torch(candidate: Path, reference: Reference, progress: Progress) ->
             opened.model, folded, inputs, batch, flags, device, constant_kernels=constant, merge=merge
         )
         status = fold_status(recipe_sites(opened.model), report)
-        proof = prove(candidate, baseline, side, status, resized, reference.min_coverage, merged)
+        timeout = reference.timeout or _SECONDS
+        proof = prove(candidate, baseline, side, status, resized, reference.min_coverage, merged, timeout)
     proof.layers = layers
     return proof
 
@@ -203,7 +208,9 @@ def _open(reference: Reference) -> tuple[SourceModel, bool]:
 
 
 def _without_weights(candidate: Path, baseline: Path, inputs: Sequence[Array]) -> Proof:
-    status, count = check_macs(baseline, candidate, inputs)
+    from doconv_convert.check.proof import check_graph, check_macs
+
     graph = check_graph(baseline, candidate, values=False)
+    status, count = check_macs(baseline, candidate, inputs, ours=graph.state == "passed")
     outputs = Status("outputs", "not checked", "no weights were given (`weights`; or `graph_only`, if that is enough)")
     return Proof(str(candidate), [graph, status, outputs], count.total)

@@ -1,19 +1,26 @@
 """`flops` as a gate: budgets, dynamic sizes, what is not counted; and what GitHub Actions reads of it."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from support_cli import run_cli
+from support_cli import ConfinedHere, run_cli
 
+from doconv_convert.check import confined
 from doconv_convert.cli.console import Output
 from doconv_convert.cli.github import SHOWN_ROWS, GithubReport
 
 # Each convolution below: 8 x 3 x 3 x 3 weights at 8 x 8 positions.
 CONV = 8 * 3 * 9 * 64
+
+
+@pytest.fixture(autouse=True)
+def files_are_read_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(confined, "Confined", ConfinedHere)
 
 
 def write(path: Path, names: tuple[str, ...] = ("conv",), size: int | str = 10, extra: str | None = None) -> Path:
@@ -69,6 +76,64 @@ def test_a_budget_does_not_hold_while_something_is_uncounted(tmp_path: Path) -> 
     assert "--ignore mine.Mystery" in result.stdout
     assert run_cli("flops", path, "--max", "1G", "--ignore", "mine.Mystery").exit_code == 0
     assert run_cli("flops", path).exit_code == 0
+
+
+def test_a_size_that_only_the_file_states_holds_no_budget(tmp_path: Path) -> None:
+    """Behind an operator that is ignored, 16 times smaller than what `--dim` makes of it."""
+    path = write(tmp_path / "m.onnx", size="height", extra="Mask")
+    model = onnx.load(path)
+    model.graph.node.append(helper.make_node("Conv", ["z", "w"], ["last"]))
+    model.graph.value_info.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, [1, 3, 10, 10]))
+    onnx.save(model, path)
+    counting = ["flops", path, "--dim", "height=42", "--ignore", "mine.Mask"]
+    result = run_cli(*counting, "--json")
+    assert result.exit_code == 0
+    said = json.loads(result.stdout)
+    assert said["total"] == (40 * 8 + 64) * 8 * 27
+    assert said["claimed"] == ["z"]
+    assert said["assumed"][-1] == "'z' has the size that the file states; no operator confirms it"
+    for asked in (["--max", "1G"], ["--against", path]):
+        result = run_cli(*counting, *asked)
+        assert result.exit_code == 3
+        assert "no operator confirms the sizes that the file states for 'z'; if right: --allow-assumed" in result.stdout
+        assert json.loads(run_cli(*counting, *asked, "--json").stdout).get("within", False) is False
+        assert run_cli(*counting, *asked, "--allow-assumed").exit_code == 0
+
+
+def test_what_was_counted_is_said(tmp_path: Path) -> None:
+    """A fixed batch is counted whole."""
+    path = write(tmp_path / "m.onnx")
+    assert f"({CONV:,} MACs; FLOPs = 2 x MACs); one run on x 1x3x10x10" in run_cli("flops", path).stdout
+    model = onnx.load(path)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 8
+    onnx.save(model, path)
+    result = run_cli("flops", path)
+    assert f"({8 * CONV:,} MACs; FLOPs = 2 x MACs); one run on x 8x3x10x10" in result.stdout
+    assert json.loads(run_cli("flops", path, "--json").stdout)["inputs"] == {"x": [8, 3, 10, 10]}
+
+
+def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "m.onnx")
+    result = run_cli("flops", tmp_path / "m.onnx")
+    assert result.exit_code == 1
+    assert "m.onnx' is not a regular file; expected an ONNX file" in result.stderr
+
+
+def test_small_external_constants_are_read(tmp_path: Path) -> None:
+    """A kernel's size through a Reshape whose shape lies outside; not where that is no file of the model's folder."""
+    path = write(tmp_path / "m.onnx")
+    model = onnx.load(path)
+    model.graph.node[0].input[1] = "kernel"
+    model.graph.node.insert(0, helper.make_node("Reshape", ["w", "shape"], ["kernel"]))
+    model.graph.initializer.append(numpy_helper.from_array(np.array([8, 3, 3, 3]), "shape"))
+    onnx.save(model, path, save_as_external_data=True, location="data", size_threshold=0)
+    assert json.loads(run_cli("flops", path, "--json").stdout)["total"] == CONV
+    (tmp_path / "data").rename(tmp_path.parent / "elsewhere")
+    (tmp_path / "data").symlink_to(tmp_path.parent / "elsewhere")
+    assert json.loads(run_cli("flops", path, "--json").stdout)["uncounted"] == {"Conv": 1}
+    (tmp_path / "data").unlink()
+    os.mkfifo(tmp_path / "data")
+    assert json.loads(run_cli("flops", path, "--json").stdout)["uncounted"] == {"Conv": 1}
 
 
 def test_dynamic_sizes_are_given_by_name(tmp_path: Path) -> None:

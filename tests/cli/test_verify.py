@@ -8,11 +8,12 @@ import onnx
 import pytest
 from onnx import numpy_helper
 from support import build_model, randomize_and_calibrate, sample_source, varied_images
-from support_cli import ExportsHere, run_cli, run_python, trained_sample, write_sample
+from support_cli import ConfinedHere, ExportsHere, run_cli, run_python, trained_sample, write_sample
 
 from doconv_convert import fold
 from doconv_convert.artifacts.export import child_process
 from doconv_convert.artifacts.export.exporter import export_onnx
+from doconv_convert.check import confined
 
 # Its forward asks for the batch, so that the exporter fixes it.
 STATIC = """
@@ -36,8 +37,20 @@ def make():
 """
 
 LEAN = """
-import sys
+import importlib, sys
+from doconv_convert.check import confined
 from doconv_convert.cli.app import app
+
+class Here:
+    def call(self, function, file, *arguments, limits=None):
+        module, _, name = function.partition(":")
+        return getattr(importlib.import_module(f"doconv_convert.{module}"), name)(str(file), *arguments)
+    def close(self):
+        pass
+
+if "there" not in sys.argv:
+    confined.Confined = Here
+sys.argv = [text for text in sys.argv if text != "there"]
 try:
     app(sys.argv[1:])
 except SystemExit as end:
@@ -47,8 +60,9 @@ print("loaded", *sorted({"torch", "torchvision", "onnx", "onnxruntime", "onnxscr
 
 
 @pytest.fixture(autouse=True)
-def exports_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def all_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child_process, "Child", ExportsHere)
+    monkeypatch.setattr(confined, "Confined", ConfinedHere)
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +161,13 @@ def test_two_counts_need_no_torch(files: Path) -> None:
     said = run_python(LEAN, "flops", files / "good.onnx", "--against", files / "grouped.onnx")
     assert "code 3\n" in said
     assert said.endswith("loaded numpy onnx\n")
+
+
+def test_files_of_unknown_origin_are_not_read_in_the_commands_own_process(files: Path) -> None:
+    for command in (["flops", files / "good.onnx"], ["verify", files / "good.onnx"]):
+        said = run_python(LEAN, *command, "--against", files / "good.onnx", "there")
+        assert "code 0\n" in said
+        assert said.endswith(("loaded numpy\n", "loaded\n"))
 
 
 def test_help_and_the_package_load_nothing_heavy() -> None:

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from queue import SimpleQueue
-from threading import Thread
+from threading import Event, Thread, Timer
 from typing import Any, NoReturn
 
 # torch gives back little memory: a fresh process takes over after so many answers.
@@ -22,13 +22,17 @@ ANSWERS_A_PROCESS = 8
 
 
 class ProcessDied(Exception):
-    """The process ended instead of answering, with `code` (-N: by signal N), and what it `said` on stderr."""
+    """The process ended instead of answering, with `code` (-N: by signal N), and what it `said` on stderr. `timed_out`:
+    it was ended, since it took too long."""
 
-    def __init__(self, code: int, said: str) -> None:
+    def __init__(self, code: int, said: str, timed_out: bool = False) -> None:
+        self.code, self.timed_out = code, timed_out
         words = [line.strip() for line in said.splitlines() if line.strip()]
         end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         super().__init__(f"{end}: {words[-1] if words else 'it said nothing'}")
-        self.out_of_memory = code == -signal.SIGKILL  # the kernel's answer to a machine without free memory
+        self.out_of_memory = (
+            code == -signal.SIGKILL and not timed_out
+        )  # the kernel's answer to a machine without free memory
 
 
 class JsonProcess:
@@ -39,14 +43,20 @@ class JsonProcess:
         self._environment = environment
         self._start()
 
-    def ask(self, question: Any) -> Any:
-        """Raises ProcessDied."""
+    def ask(self, question: Any, timeout: float | None = None) -> Any:
+        """Raises ProcessDied, also after `timeout` seconds."""
         if self._process.poll() is not None:
             self._start()
+        late = Event()
+        clock = None if timeout is None else Timer(timeout, self._give_up, (self._process, late))
+        if clock is not None:
+            clock.start()
         answer = self._ask(json.dumps(question))
+        if clock is not None:
+            clock.cancel()
         self._answers += 1
         if not answer:
-            raise ProcessDied(*self._end())
+            raise ProcessDied(*self._end(), late.is_set())
         if self._answers == ANSWERS_A_PROCESS:
             self.close()
         return json.loads(answer)
@@ -55,6 +65,11 @@ class JsonProcess:
         """Ends the process, in the middle of an answer too."""
         self._process.kill()
         self._end()
+
+    @staticmethod
+    def _give_up(process: subprocess.Popen[str], late: Event) -> None:
+        late.set()
+        process.kill()
 
     def _start(self) -> None:
         # the parent's import path and nothing else: a folder `timm` where the user stands must not win

@@ -8,32 +8,28 @@ a file can make its certificate. certificate.schema.json describes the format. I
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from platform import python_version
 from typing import TYPE_CHECKING, Any
 
-from doconv_convert.check.certificate.attestation import certified, statement
+from doconv_convert.check.certificate.attestation import statement
+from doconv_convert.check.certificate.reading import FORMAT, VERSION, digest, read_certificate, rendered
 from doconv_convert.check.certificate.side_file import describe_inputs, describe_outputs, write_reference
-from doconv_convert.check.macs.counting import MacCount
+from doconv_convert.check.macs.result import MacCount
 from doconv_convert.check.merged import Merged
 from doconv_convert.check.onnx_files.external_data import external_files
 from doconv_convert.check.onnx_files.model import onnx_input_shapes
 from doconv_convert.check.outputs.expected import ReferenceRun
 from doconv_convert.check.proof import dynamic_sizes
 from doconv_convert.check.status import Proof, without_nan
-from doconv_convert.errors import CheckFailedError, DoconvError
+from doconv_convert.errors import DoconvError
 from doconv_convert.files import atomic_write, content_hash
 from doconv_convert.versions import __version__, library_versions
 
 if TYPE_CHECKING:
     from doconv_convert.artifacts.sources.source import Source
 
-FORMAT = "doconv-convert certificate"
-VERSION = 1
 SCHEMA = Path(__file__).with_name("certificate.schema.json")
 
 
@@ -82,52 +78,6 @@ def write_certificate(onnx: Path, proof: Proof, reference: ReferenceRun, origin:
     return [reference_path(onnx), path]
 
 
-def read_certificate(path: Path) -> dict[str, Any]:
-    """The content, without its digest, of a certificate whose digest is right; of one in an in-toto statement too.
-
-    Raises CheckFailedError where the document is damaged or was edited, DoconvError where there is none or it is
-    of a later version.
-    """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DoconvError(f"the certificate '{path}' cannot be read ({error.strerror}).") from error
-    try:
-        content = json.loads(data.decode("utf-8"), parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
-        raise CheckFailedError(f"'{path}' is not JSON: it was changed after it was written ({error}).") from error
-    if not isinstance(content, dict):
-        raise CheckFailedError(f"'{path}' is no certificate of doconv-convert: expected a JSON object.")
-    document, content = content, dict(certified(content, str(path)))
-    if content.get("format") != FORMAT:
-        raise CheckFailedError(f'\'{path}\' is no certificate of doconv-convert: expected "format": "{FORMAT}".')
-    unchanged = data.replace(b"\r\n", b"\n") == rendered(document)  # as git checks text out on Windows
-    found, expected = content.pop("digest", None), digest(content)
-    if found != expected:
-        raise CheckFailedError(
-            f"'{path}' was changed after it was written: its content has the digest {expected}, it says {found}."
-        )
-    if not unchanged:
-        raise CheckFailedError(f"'{path}' was changed after it was written, in the spelling of a value.")
-    if content.get("version") != VERSION:
-        raise DoconvError(
-            f"'{path}' is a certificate of version {content.get('version')}, expected {VERSION}: "
-            "use the doconv-convert that wrote it."
-        )
-    return content
-
-
-def digest(content: Mapping[str, Any]) -> str:
-    """SHA-256 of the content's canonical JSON: keys in order, no spaces, ASCII."""
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return f"sha256:{hashlib.sha256(canonical.encode('ascii')).hexdigest()}"
-
-
-def _no_number(text: str) -> None:
-    """Python reads NaN and Infinity, which JSON does not have."""
-    raise ValueError(f"'{text}' is no number")
-
-
 def write_statement(certificate: Path, target: Path) -> None:
     """Write a certificate as an in-toto statement (`attestation.py`), unsigned; the same certificate, the same bytes.
 
@@ -137,10 +87,6 @@ def write_statement(certificate: Path, target: Path) -> None:
     content = {**content, "digest": digest(content)}
     with atomic_write(target) as temporary:
         temporary.write_bytes(rendered(statement(content)))
-
-
-def rendered(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode("ascii")
 
 
 def file_hashes(onnx: Path) -> dict[str, Any]:

@@ -8,17 +8,19 @@ norm of a sketched difference is, in the mean, that of the difference itself. Im
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import ZIP_STORED, ZipFile
 
 import numpy as np
 
 from doconv_convert.check.outputs.compare import FLOOR, Array, bound_for, relative_error
 from doconv_convert.check.outputs.detections import KEYS, in_order_of
 from doconv_convert.errors import DoconvError
-from doconv_convert.files import atomic_write
+from doconv_convert.files import atomic_write, require_file
 
 if TYPE_CHECKING:
     from doconv_convert.check.outputs.expected import ReferenceRun
@@ -30,7 +32,10 @@ INPUT_BYTES = 32 * 2**20
 # A sketched error's norm has a relative standard deviation of sqrt(1 / (2 * BUCKETS)) = 0.28 %; over 60 random
 # errors in 1e6 elements it was 0.26 %, the largest deviation 0.63 %.
 SLACK = 1.02
+# Between a sketch's norm and that of what it sketches, several times what chance makes.
+NORM_SLACK = 0.05
 _CHUNK = 1 << 22
+_HEADER_BYTES = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -118,11 +123,34 @@ def _kept_whole(truth: Sequence[Array], detections: Sequence[Mapping[str, int]])
     return small | {index for group in detections for key, index in group.items() if key in KEYS}
 
 
-def read_arrays(path: Path) -> dict[str, Array]:
-    """The side file's arrays. Raises DoconvError where it cannot be read."""
+def expected_bytes(inputs: Sequence[Mapping[str, Any]], tensors: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """How much each array of the side file takes, by what its certificate says of it (`describe_inputs`,
+    `describe_outputs`)."""
+    sizes = {
+        f"input_{index}": math.prod(one["shape"]) * np.dtype(one["dtype"]).itemsize
+        for index, one in enumerate(inputs)
+        if one["stored"]
+    }
+    for index, one in enumerate(tensors):
+        elements = BUCKETS if one["kept"] == "sketch" else math.prod(one["shape"])
+        sizes[f"output_{index}"] = elements * max(8, np.dtype(one["dtype"]).itemsize)
+    return sizes
+
+
+def read_arrays(path: Path, sizes: Mapping[str, int]) -> dict[str, Array]:
+    """The side file's arrays, of these names and at most these bytes. Raises DoconvError where it cannot be read or is
+    packed: ours never are, and 5 MB can unpack to gigabytes."""
     try:
+        require_file(path, "a certificate's side file")
+        with ZipFile(path) as archive:
+            for entry in archive.infolist():
+                most = sizes.get(entry.filename.removesuffix(".npy"), -1) + _HEADER_BYTES
+                if entry.compress_type != ZIP_STORED or entry.file_size > most:
+                    raise ValueError(f"'{entry.filename}' is packed, or not as the certificate says")
         with np.load(path, allow_pickle=False) as arrays:
             return dict(arrays)
+    except DoconvError:
+        raise
     except Exception as error:  # numpy and zipfile raise many kinds for a file of another kind
         raise DoconvError(f"'{path}' cannot be read as a certificate's side file ({error}).") from error
 
@@ -155,6 +183,13 @@ def _compare(expected: Expected, got: Array, floor: float) -> tuple[float, float
     if expected.whole:
         error = relative_error(got, expected.values)
     else:
+        own = float(np.linalg.norm(expected.values))
+        if not abs(own - expected.norm) <= NORM_SLACK * own:
+            return (
+                float("nan"),
+                bound,
+                f"has the norm {own:.3e} in the side file, {expected.norm:.3e} in the certificate",
+            )
         error = float(np.linalg.norm(sketch(got) - expected.values)) / (expected.norm or 1.0)
     problem = None if error <= bound else f"is off by {error:.1e} of its scale, allowed {bound:.1e}"
     return error, bound, problem

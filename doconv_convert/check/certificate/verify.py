@@ -1,41 +1,41 @@
 """`verify --certificate`: a file against its certificate, on a machine without torch.
 
 Nothing that can be found out here is believed: hashes are taken, MACs counted and outputs run anew. What needs torch
-(the fold, the graph's comparison, coverage) is in the certificate, whose digest is checked.
+(the fold, the graph's comparison, coverage) is in the certificate, whose digest is checked. Only a file whose hash is
+right is opened, in a process with limits: whoever makes a file can make its certificate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from doconv_convert.artifacts.sources.samples import in_order, read_samples
-from doconv_convert.check.certificate.certificate import file_hashes, read_certificate
-from doconv_convert.check.certificate.side_file import Expected, array_hash, compare_with, read_arrays
-from doconv_convert.check.macs.counting import MacCount, NodeMacs, compare_counts, count_macs, describe_count
-from doconv_convert.check.onnxruntime_run import retry_in_float64
-from doconv_convert.check.outputs.compare import Array
-from doconv_convert.check.outputs.session import OnnxSession
+from doconv_convert.check.certificate.reading import read_certificate
+from doconv_convert.check.confined import SECONDS, Confined, confined, run_limits
+from doconv_convert.check.macs.figures import compare_counts, describe_count
+from doconv_convert.check.macs.files import count_file
+from doconv_convert.check.macs.result import MacCount, NodeMacs
 from doconv_convert.check.status import Proof, Status
 from doconv_convert.errors import CheckFailedError, DoconvError, UsageError
-from doconv_convert.files import content_hash
+from doconv_convert.files import content_hash, require_file
 from doconv_convert.words import counted
 
 # What `fold --onnx` establishes; a file with fewer checks is not proven.
 PROVEN_BY = ("fold", "graph", "macs", "outputs", "coverage")
 
 
-def verify_certificate(candidate: Path, certificate: Path, input_file: Path | None = None) -> Proof:
+def verify_certificate(
+    candidate: Path, certificate: Path, input_file: Path | None = None, timeout: float | None = None
+) -> Proof:
     """Check the ONNX file `candidate` against a certificate and the side file next to that.
 
-    `input_file` (.npy, .npz) has the inputs, where they were too large for the side file. Raises DoconvError where a
-    file is missing; what does not fit fails a status.
+    `input_file` (.npy, .npz) has the inputs, where they were too large for the side file. The count and the runs end
+    after `timeout` seconds of work each; by default that follows the MACs counted. Raises DoconvError where a file is
+    missing; what does not fit fails a status, and what lies behind a wrong hash is not opened.
     """
-    if not candidate.is_file():
-        raise DoconvError(f"'{candidate}' is no file; expected an ONNX model.")
+    require_file(candidate, "an ONNX model")
     proof = Proof(str(candidate))
     try:
         content = read_certificate(certificate)
@@ -43,12 +43,8 @@ def verify_certificate(candidate: Path, certificate: Path, input_file: Path | No
         proof.statuses.append(Status("certificate", "failed", str(error)))
         return proof
     try:
-        proof.statuses.append(_standing(content))
-        proof.statuses.append(_tried("files", lambda: _files(candidate, certificate, content)))
-        proof.statuses.append(_tried("macs", lambda: _macs(candidate, content["macs"], proof)))
-        proof.statuses.append(
-            _tried("outputs", lambda: _outputs(candidate, certificate, content["outputs"], input_file))
-        )
+        with confined() as process:
+            proof.statuses += _checks(process, proof, content, certificate, input_file, timeout)
     except UsageError:
         raise
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -56,6 +52,25 @@ def verify_certificate(candidate: Path, certificate: Path, input_file: Path | No
         detail = f"'{certificate}' does not follow certificate.schema.json ({type(error).__name__}: {error})"
         proof.statuses.append(Status("certificate", "failed", detail))
     return proof
+
+
+def _checks(
+    process: Confined,
+    proof: Proof,
+    content: Mapping[str, Any],
+    certificate: Path,
+    input_file: Path | None,
+    timeout: float | None,
+) -> list[Status]:
+    candidate = Path(proof.file)
+    standing = _standing(content)
+    files = _tried("files", lambda: _files(process, candidate, certificate, content))
+    if files.state != "passed":
+        why = "what is not the certificate's file is not opened"
+        return [standing, files, *(Status(name, "not checked", why) for name in ("macs", "outputs"))]
+    macs = _tried("macs", lambda: _macs(process, candidate, content["macs"], proof, timeout))
+    run = partial(_outputs, process, candidate, certificate, content, proof.macs or 0, input_file, timeout)
+    return [standing, files, macs, _tried("outputs", run)]
 
 
 def _tried(name: str, check: Callable[[], Status]) -> Status:
@@ -79,31 +94,36 @@ def _standing(content: Mapping[str, Any]) -> Status:
     return Status("certificate", "passed", detail)
 
 
-def _files(candidate: Path, certificate: Path, content: Mapping[str, Any]) -> Status:
-    """The hashes of the model, of its external data and of the side file."""
-    findings = []
-    expected = content["onnx"]
-    if content_hash(candidate) != expected["sha256"]:
-        findings.append(f"'{candidate}' is not the file of this certificate: its SHA-256 is {content_hash(candidate)}")
-    else:
-        data = {one["name"]: one["sha256"] for one in file_hashes(candidate)["external"]}
-        for one in expected["external"]:
-            if data.get(one["name"]) != one["sha256"]:
-                findings.append(f"its data file '{one['name']}' is another one")
-    reference = _beside(certificate, content["outputs"])
+def _files(process: Confined, candidate: Path, certificate: Path, content: Mapping[str, Any]) -> Status:
+    """The hashes of the model, of the side file and of the model's external data; the first wrong one ends it."""
+    model, reference = content["onnx"], _beside(certificate, content["outputs"])
+    found = content_hash(candidate)
+    if found != model["sha256"]:
+        return _another(f"'{candidate}' is not the file of this certificate: its SHA-256 is {found}")
     if content_hash(reference) != content["outputs"]["reference"]["sha256"]:
-        findings.append(f"'{reference}' is not the side file of this certificate")
-    if findings:
-        return Status("files", "failed", "a file was changed or belongs to another certificate", tuple(findings))
-    count = 2 + len(expected["external"])
-    return Status("files", "passed", f"{counted(count, 'file')} match the certificate (SHA-256)")
+        return _another(f"'{reference}' is not the side file of this certificate")
+    names = process.call("check.onnx_files.external_data:external_files", candidate)
+    hashes = {one["name"]: one["sha256"] for one in model["external"]}
+    if sorted(hashes) != names:
+        return _another(f"the model's data files are {names}, the certificate's {sorted(hashes)}")
+    for name in names:
+        require_file(candidate.parent / name, "the model's external data")
+        if content_hash(candidate.parent / name) != hashes[name]:
+            return _another(f"its data file '{name}' is another one")
+    return Status("files", "passed", f"{counted(2 + len(names), 'file')} match the certificate (SHA-256)")
 
 
-def _macs(candidate: Path, expected: Mapping[str, Any], proof: Proof) -> Status:
+def _another(finding: str) -> Status:
+    return Status("files", "failed", "a file was changed or belongs to another certificate", (finding,))
+
+
+def _macs(
+    process: Confined, candidate: Path, expected: Mapping[str, Any], proof: Proof, timeout: float | None
+) -> Status:
     """A count of the file as it is, node by node."""
     nodes = tuple(NodeMacs(**node) for node in expected["nodes"])
     certified = MacCount(nodes, dict(expected["uncounted"]))
-    count = count_macs(candidate, expected["dims"])
+    count = count_file(process, candidate, dict(expected["dims"]), (), timeout or SECONDS)
     proof.macs, proof.count = count.total, count
     findings = compare_counts(certified, count)
     if expected["total"] != certified.total:
@@ -113,55 +133,25 @@ def _macs(candidate: Path, expected: Mapping[str, Any], proof: Proof) -> Status:
     return Status("macs", "passed", f"{describe_count(count)}, equal to the certificate's")
 
 
-def _outputs(candidate: Path, certificate: Path, expected: Mapping[str, Any], samples: Path | None) -> Status:
-    """onnxruntime against the float64 outputs, to the proof's own bound, with optimizations on and off."""
-    arrays = read_arrays(_beside(certificate, expected))
-    inputs = _inputs(arrays, expected["inputs"], samples)
-    outputs = [_expected(one, arrays[f"output_{index}"]) for index, one in enumerate(expected["tensors"])]
-
-    def compare(precise: bool, floor: float) -> tuple[Status, None]:
-        problems, worst = [], (0.0, 0.0)
-        for optimize in (True, False):
-            session = OnnxSession(candidate, optimize=optimize, precise=precise)
-            if session.outputs != [one.name for one in outputs]:
-                detail = f"outputs are named {session.outputs}, not as in the certificate"
-                return Status("outputs", "failed", detail), None
-            how = "" if optimize else ", with optimizations off"
-            for name, error, bound, problem in compare_with(
-                outputs, session.run(inputs), expected["detections"], floor
-            ):
-                if problem is not None:
-                    problems.append(f"'{name}' {problem}{how}")
-                elif bound and error / bound >= (worst[0] / worst[1] if worst[1] else 0.0):
-                    worst = error, bound
-        if problems or not outputs:
-            told = "other than the certificate's float64 outputs"
-            return Status("outputs", "failed", told, tuple(problems)), None
-        compared = f"{counted(len(outputs), 'output')}, {counted(expected['samples'], 'sample')}"
-        detail = f"{compared}: relative error {worst[0]:.1e} (tolerance {worst[1]:.1e}); optimizations on and off"
-        return Status("outputs", "passed", detail), None
-
-    return retry_in_float64(compare)[0]
-
-
-def _expected(one: Mapping[str, Any], values: Array) -> Expected:
-    plain_error = float("nan") if one["plain_error"] is None else float(one["plain_error"])
-    shape = tuple(int(size) for size in one["shape"])
-    return Expected(one["name"], one["dtype"], shape, float(one["norm"]), one["kept"] == "whole", plain_error, values)
-
-
-def _inputs(arrays: Mapping[str, Array], expected: Sequence[Mapping[str, Any]], samples: Path | None) -> list[Array]:
-    names = [one["name"] for one in expected]
-    if all(one["stored"] for one in expected):
-        inputs = [arrays[f"input_{index}"] for index in range(len(expected))]
-    elif samples is not None:
-        inputs = list(in_order(read_samples(samples), names, f"'{samples}'"))
-    else:
-        raise UsageError("the inputs were too large for the side file; give them with `input_file` FILE.npz.")
-    for one, array in zip(expected, inputs, strict=True):
-        if array_hash(array) != one["sha256"] or list(array.shape) != one["shape"]:
-            raise DoconvError(f"input '{one['name']}' is not the one of the certificate: its SHA-256 differs.")
-    return [np.asarray(array) for array in inputs]
+def _outputs(
+    process: Confined,
+    candidate: Path,
+    certificate: Path,
+    content: Mapping[str, Any],
+    macs: int,
+    input_file: Path | None,
+    timeout: float | None,
+) -> Status:
+    expected, side_file = content["outputs"], _beside(certificate, content["outputs"])
+    files = [candidate, side_file, *(candidate.parent / one["name"] for one in content["onnx"]["external"])]
+    files += [] if input_file is None else [input_file]
+    limits = run_limits(macs * int(expected["samples"]), files, timeout)
+    samples = None if input_file is None else str(input_file)
+    function = "check.certificate.outputs:outputs_as_json"
+    found = process.call(function, candidate, str(side_file), expected, samples, limits=limits)
+    if "malformed" in found:
+        raise ValueError(found["malformed"])
+    return Status(found["name"], found["state"], found["detail"], tuple(found["findings"]))
 
 
 def _beside(certificate: Path, outputs: Mapping[str, Any]) -> Path:

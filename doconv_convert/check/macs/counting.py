@@ -14,17 +14,20 @@ Where the graph alone does not say what runs, the count says what it assumed (`M
 - Einsum contracts its operands from left to right, each step the product of all index extents that it sees.
 """
 
+import os
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import onnx
 
-from doconv_convert.check.macs.result import MacCount as MacCount
-from doconv_convert.check.macs.result import NodeMacs as NodeMacs
-from doconv_convert.check.macs.scope import Scope, bound_type, dim_name
+from doconv_convert.check.macs.result import MacCount
+from doconv_convert.check.macs.scope import MOST_DIMS, Scope, bound_type, dim_name
 from doconv_convert.check.macs.walk import Walk
+from doconv_convert.check.macs.work import CannotCountError
 from doconv_convert.check.onnx_files.model import ModelSource, read_model
-from doconv_convert.errors import DoconvError, UsageError
-from doconv_convert.words import UNITS, counted
+from doconv_convert.errors import DoconvError
+from doconv_convert.words import clipped
 
 
 def count_macs(model: ModelSource, dims: Mapping[str, int] | None = None, ignore: Collection[str] = ()) -> MacCount:
@@ -39,15 +42,28 @@ def count_macs(model: ModelSource, dims: Mapping[str, int] | None = None, ignore
     less than 1, or if the file is not a valid ONNX model.
     """
     proto = read_model(model)
-    inputs = _inputs(proto)
+    inputs, defaults = _inputs(proto), _open_defaults(proto)
     sizes, assumed = _sizes(inputs, dims or {})
-    scope = Scope(types={value.name: bound_type(value, sizes) for value in inputs})
+    scope = Scope(types={value.name: bound_type(value, sizes) for value in inputs}, folder=_folder(model))
+    for value in inputs:
+        if value.type.WhichOneof("value") != "tensor_type":  # onnxruntime does not look at the sizes of its elements
+            scope.claims[value.name] = clipped(value.name)
+    for value, tensor in defaults:
+        _take_default(scope, value, tensor)
+    file = "the model" if isinstance(model, onnx.ModelProto) else f"'{os.fspath(model)}'"
     try:
-        count = Walk.of(proto, sizes).graph(proto.graph, scope)
-    except (LookupError, ValueError) as error:
-        raise DoconvError("a node lacks an input or attribute: see what onnx.checker says of the model") from error
+        count = Walk.of(proto, sizes, (value.name for value, _ in defaults)).graph(proto.graph, scope)
+    except CannotCountError as error:
+        raise DoconvError(f"{file} cannot be counted: {error}") from error
+    except RecursionError as error:
+        raise DoconvError(f"{file} cannot be counted: its functions or subgraphs are nested too deeply") from error
+    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        detail = "a node lacks an input or attribute, or has one of another kind"
+        raise DoconvError(f"{file} cannot be counted: {detail}; see what onnx.checker says of it") from error
     uncounted = {op: number for op, number in count.uncounted.items() if op not in ignore}
-    return MacCount(count.nodes, uncounted, (*assumed, *count.assumed))
+    stated = [f"'{name}' has the size that the file states; no operator confirms it" for name in count.claimed]
+    shapes = {clipped(value.name): scope.shape(value.name) for value in inputs}
+    return MacCount(count.nodes, uncounted, (*assumed, *count.assumed, *stated), count.claimed, shapes)
 
 
 def dynamic_dims(model: ModelSource) -> list[str]:
@@ -55,64 +71,45 @@ def dynamic_dims(model: ModelSource) -> list[str]:
     return sorted({name for name, _, _ in _open_dims(_inputs(read_model(model)))})
 
 
-def format_macs(macs: int) -> str:
-    """'1.814 GMACs', '312.4 MMACs', '123 MACs': four digits, and always the unit (FLOPs are 2 x MACs)."""
-    for prefix, unit in UNITS:
-        if macs * 100_000 >= unit * 99_995:  # what rounds to 1.000 of a unit is written in it
-            return f"{macs / unit:#.4g} {prefix}MACs"
-    return f"{macs} MACs"
-
-
-def describe_count(count: MacCount) -> str:
-    """The total, exact and short, and over how many nodes."""
-    nodes = counted(len(count.nodes), "node")
-    return f"{count.total:,} MACs ({format_macs(count.total)}; FLOPs = 2 x MACs) in {nodes}"
-
-
-def parse_macs(text: str) -> int:
-    """MACs from '4.1G', '312.4 MMACs' or '1814073344'; exact, no rounding. Raises UsageError."""
-    from decimal import Decimal, InvalidOperation
-
-    number = text.strip().removesuffix("MACs").strip()
-    scale = next((unit for prefix, unit in UNITS if number.endswith((prefix, prefix.upper()))), 1)
-    try:
-        macs = Decimal(number[:-1] if scale > 1 else number) * scale
-    except InvalidOperation:
-        macs = Decimal(-1)
-    if not macs.is_finite() or macs < 0 or "FLOP" in text.upper():
-        raise UsageError(f"got '{text}', expected MACs such as 4.1G, 312M or 1814073344 (FLOPs are 2 x MACs).")
-    return int(macs)  # a fraction of a MAC allows none more
-
-
-def compare_counts(a: MacCount, b: MacCount) -> list[str]:
-    """A sentence for every difference in MACs, `a` being what was expected; nodes are compared by position.
-
-    Parameters are not compared: an exporter drops a bias that happens to be zero.
-    """
-    found = []
-    if a.total != b.total:
-        found.append(f"total: expected {_exact(a.total)} got {_exact(b.total)}")
-    if len(a.nodes) != len(b.nodes):
-        found.append(f"multiplying nodes: expected {len(a.nodes)} got {len(b.nodes)}")
-    for index, (x, y) in enumerate(zip(a.nodes, b.nodes, strict=False)):
-        if (x.op, x.macs) != (y.op, y.macs):
-            expected, got = (f"{n.op} '{n.name}', {_exact(n.macs)}" for n in (x, y))
-            found.append(f"multiplying node {index}: expected {expected}; got {got}")
-    for op in sorted(a.uncounted.keys() | b.uncounted.keys()):
-        expected_nodes, got_nodes = a.uncounted.get(op, 0), b.uncounted.get(op, 0)
-        if expected_nodes != got_nodes:
-            found.append(f"uncounted {op} nodes: expected {expected_nodes} got {got_nodes}")
-    return found
-
-
-def _exact(macs: int) -> str:
-    return f"{format_macs(macs)} ({macs:,})"
+def count_as_json(path: str, dims: Mapping[str, int], ignore: Collection[str]) -> dict[str, Any]:
+    """`count_macs` for `check.confined`."""
+    return count_macs(path, dims, ignore).to_json()
 
 
 def _inputs(proto: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
     weights = {tensor.name for tensor in proto.graph.initializer}
     weights |= {tensor.values.name for tensor in proto.graph.sparse_initializer}
-    return [value for value in proto.graph.input if value.name not in weights]
+    inputs = [value for value in proto.graph.input if value.name not in weights]
+    for value in inputs:
+        if len(value.type.tensor_type.shape.dim) > MOST_DIMS:
+            raise DoconvError(f"input '{clipped(value.name)}' has more than {MOST_DIMS} dimensions")
+    return inputs
+
+
+def _open_defaults(proto: onnx.ModelProto) -> list[tuple[onnx.ValueInfoProto, onnx.TensorProto]]:
+    """The inputs that have a default value, which is no constant: a caller may give another one. Before IR version 4
+    every initializer was listed among the inputs, and none could be replaced."""
+    if proto.ir_version < 4:
+        return []
+    tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
+    for sparse in proto.graph.sparse_initializer:
+        made = onnx.TensorProto(name=sparse.values.name, data_type=sparse.values.data_type, dims=sparse.dims)
+        tensors[made.name] = made
+    return [(value, tensors[value.name]) for value in proto.graph.input if value.name in tensors]
+
+
+def _take_default(scope: Scope, value: onnx.ValueInfoProto, tensor: onnx.TensorProto) -> None:
+    """Its declared type, which onnxruntime demands of what a caller gives; a size that it leaves open is the default's,
+    and so a mere claim."""
+    name = value.name
+    scope.add_tensor(name, tensor)
+    scope.constants.pop(name, None)
+    if scope.shape(name) != tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim):
+        scope.claims[name] = clipped(name)
+
+
+def _folder(model: ModelSource) -> Path | None:
+    return None if isinstance(model, onnx.ModelProto) else Path(model).parent
 
 
 def _open_dims(inputs: Sequence[onnx.ValueInfoProto]) -> list[tuple[str, int, str]]:
@@ -134,7 +131,8 @@ def _sizes(inputs: Sequence[onnx.ValueInfoProto], dims: Mapping[str, int]) -> tu
             raise DoconvError(f"no dynamic dimension is named '{name}': the model has {known or 'none'}")
         if size < 1:
             raise DoconvError(f"dimension '{name}' must be at least 1, got {size}")
-    batches = {name: 1 for name, axis, _ in names if axis == 0 and name not in dims}
+    elsewhere = {name for name, axis, _ in names if axis > 0}  # a height is no batch because it is named like one
+    batches = {name: 1 for name, axis, _ in names if axis == 0 and name not in dims and name not in elsewhere}
     sizes = batches | dict(dims)
     for name, axis, value in names:
         if name not in sizes:

@@ -37,8 +37,6 @@ NOT_COUNTED = frozenset(
 )
 """No MACs by convention: elementwise; reductions, normalization, pooling, resizing; moving data; random."""
 
-RANDOM = frozenset(op for op in NOT_COUNTED if op.startswith(("Bernoulli", "Multinomial", "Random")))
-
 
 def conv(weight: int) -> Rule:
     """Each output element sums over its group's channels and the kernel: weight (C_out, C_in/g, *kernel)."""
@@ -51,8 +49,8 @@ def conv_transpose(_: onnx.NodeProto, shape: ShapeOf) -> int:
 
 
 def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
-    """The value of the node's attribute `name`."""
-    found = next((one for one in node.attribute if one.name == name), None)
+    """The value of the node's attribute `name`; the last one's where a broken file has several."""
+    found = next((one for one in reversed(node.attribute) if one.name == name), None)
     return default if found is None else onnx.helper.get_attribute_value(found)
 
 
@@ -65,10 +63,22 @@ def matmul(_: onnx.NodeProto, shape: ShapeOf) -> int:
     return prod(shape(OUTPUT)) * shape(0)[-1]
 
 
+LONGEST_EQUATION = 1000
+"""On an equation of a million dots neither onnx's shape inference nor a count ends; real ones have 20 characters."""
+
+
+def equation(node: onnx.NodeProto) -> str:
+    """Of an Einsum. Raises ValueError for one that is too long."""
+    text = attribute(node, "equation")
+    if len(text) > LONGEST_EQUATION:
+        raise ValueError
+    return str(text.decode().replace(" ", ""))
+
+
 def _einsum(node: onnx.NodeProto, shape: ShapeOf) -> int:
     """Operand after operand, from left to right: each step multiplies over all index extents it sees, and sums
     those away that neither the result nor a later operand names."""
-    left, arrow, right = attribute(node, "equation").decode().replace(" ", "").partition("->")
+    left, arrow, right = equation(node).partition("->")
     terms = [_indices(term, shape(index)) for index, term in enumerate(left.split(","))]
     if not arrow:  # by numpy's rule the result has the indices that occur once
         right = "".join(letter for letter in left if letter.isalpha() and left.count(letter) == 1)
@@ -98,12 +108,13 @@ def _attention(node: onnx.NodeProto, shape: ShapeOf) -> int:
     """Queries times keys, and the result times values; packed operands are (batch, length, heads * size)."""
     query, key, value = shape(0), shape(1), shape(2)
     if len(query) == 3:
-        (batch, length, width), q_heads = query, int(attribute(node, "q_num_heads"))
-        keys, size, value_size = key[1], width // q_heads, value[2] // int(attribute(node, "kv_num_heads"))
+        (batch, length, width), heads = query, int(attribute(node, "q_num_heads"))
+        keys, value_width = key[1], -(-heads * value[2] // int(attribute(node, "kv_num_heads")))
     else:
-        (batch, q_heads, length, size), keys, value_size = query, key[2], value[3]
+        (batch, heads, length, size), keys, value_width = query, key[2], query[1] * value[3]
+        width = heads * size
     past = shape(4)[2] if len(node.input) > 4 and node.input[4] else 0
-    return batch * q_heads * length * (keys + past) * (size + value_size)
+    return batch * length * (keys + past) * (width + value_width)
 
 
 def _affine_grid(_: onnx.NodeProto, shape: ShapeOf) -> int:

@@ -7,49 +7,71 @@ stay unread.
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
-from onnx import TensorProto, TypeProto, helper, numpy_helper, shape_inference
+from onnx import helper, numpy_helper, shape_inference
 
+from doconv_convert.check.macs.constants import evaluate
 from doconv_convert.check.macs.ort_operators import CONTRIB
 from doconv_convert.check.macs.result import MacCount, NodeMacs, merged, repeated
-from doconv_convert.check.macs.rules import NOT_COUNTED, OUTPUT, RANDOM, RULES, Shape, attribute, unknown
+from doconv_convert.check.macs.rules import NOT_COUNTED, OUTPUT, RULES, Shape, ShapeOf, attribute, equation, unknown
 from doconv_convert.check.macs.scope import SMALL, Scope, bound_type
-from doconv_convert.check.onnx_files.model import CARRIERS
+from doconv_convert.check.macs.subgraphs import count_if, count_loop, count_scan, label
+from doconv_convert.check.macs.work import CannotCountError, Work
+from doconv_convert.check.onnx_files.model import CARRIERS, in_runtime_domain
+from doconv_convert.words import clipped
+
+_CONTROL = {"If": count_if, "Loop": count_loop, "Scan": count_scan}
+# what a shape that is unknown raises, or an attribute that is missing or of another kind
+_UNKNOWN = (LookupError, ArithmeticError, AttributeError, ValueError, TypeError)
+_Called: TypeAlias = tuple[MacCount, Scope]
 
 
 @dataclass(frozen=True)
 class Walk:
-    """One pass over a graph in its order; `sizes` are those of the dynamic dimensions."""
+    """One pass over a graph in its order; `sizes` are those of the dynamic dimensions, `open_inputs` the inputs whose
+    default value a caller may replace."""
 
     opsets: Sequence[onnx.OperatorSetIdProto]
     functions: Mapping[tuple[str, str, str], onnx.FunctionProto]
     sizes: Mapping[str, int]
+    open_inputs: frozenset[str] = frozenset()
+    work: Work = field(default_factory=Work)
+    called: dict[tuple[Any, ...], _Called] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: onnx.ModelProto, sizes: Mapping[str, int]) -> "Walk":
+    def of(cls, model: onnx.ModelProto, sizes: Mapping[str, int], open_inputs: Iterable[str] = ()) -> "Walk":
         functions = {(one.domain, one.name, one.overload): one for one in model.functions}
-        return cls(list(model.opset_import), functions, sizes)
+        # what onnxruntime has an operator of its own for, it never looks up among the file's functions
+        looked_up = {key: one for key, one in functions.items() if not in_runtime_domain(key[0])}
+        return cls(list(model.opset_import), looked_up, sizes, frozenset(open_inputs))
 
     def graph(self, graph: onnx.GraphProto, scope: Scope) -> MacCount:
+        bound = {value.name for value in graph.input}
         for tensor in graph.initializer:
-            scope.add_tensor(tensor.name, tensor)
+            if tensor.name not in bound or tensor.name not in self.open_inputs:
+                scope.add_tensor(tensor.name, tensor)
         for sparse in graph.sparse_initializer:
-            scope.add_sparse(sparse.values.name, sparse)
+            if sparse.values.name not in bound or sparse.values.name not in self.open_inputs:
+                scope.add_sparse(sparse.values.name, sparse)
         return self.nodes(graph.node, [*graph.value_info, *graph.output], scope)
 
     def nodes(self, nodes: Iterable[onnx.NodeProto], values: Iterable[onnx.ValueInfoProto], scope: Scope) -> MacCount:
         declared = {value.name: bound_type(value, self.sizes) for value in values}
         counts = []
         for node in nodes:
+            self.work.visit()
             counts.append(self.node(node, scope))
             for name in node.output:
                 # what the file states only fills gaps: it can be stale where its inputs have been resized
-                if scope.shape(name) is None and name in declared:
+                if name in declared and scope.size(name) is None:
                     scope.types[name] = declared[name]
+                    if scope.size(name) is not None:
+                        scope.claims.setdefault(name, clipped(name))
         return merged(counts)
 
     def node(self, node: onnx.NodeProto, scope: Scope) -> MacCount:
@@ -60,26 +82,30 @@ class Walk:
         if op == "Constant":
             scope.add_constant(node)
             return MacCount()
-        if op in ("If", "Loop", "Scan"):
-            return {"If": self.branch, "Loop": self.loop, "Scan": self.scan}[op](node, scope)
+        if op in _CONTROL:
+            return self.work.keep(_CONTROL[op](self.graph, node, scope))
+        claim = scope.claim(node.input)
+        if claim is not None:
+            scope.claims.update((name, claim) for name in node.output if name)
+        self.learn(node, op, scope)
+        return self.product(node, op, scope, claim)
 
-        def shape(index: int) -> Shape:
-            known = scope.shape(node.output[0] if index == OUTPUT else node.input[index])
-            if known is None:
-                raise LookupError
-            return known
-
+    def learn(self, node: onnx.NodeProto, op: str, scope: Scope) -> None:
+        """What follows for a node's outputs: their types, and of weights that are handed on their number."""
         contrib = CONTRIB.get(op)
-        if contrib is None:
-            self.infer(node, scope)
-        else:
-            with suppress(LookupError, ArithmeticError, ValueError):  # an input's shape is unknown
-                for name, known in zip(node.output, contrib.outputs(node, shape), strict=False):
+        with suppress(*_UNKNOWN):
+            if contrib is None:
+                self.infer(node, scope)
+            else:
+                for name, known in zip(node.output, contrib.outputs(node, shapes(node, scope)), strict=False):
                     scope.set_shape(name, known, node.input[contrib.like])
         if op in CARRIERS and node.input[0] in scope.weights:
             scope.weights[node.output[0]] = scope.weights[node.input[0]]
         if op == "ConstantOfShape" and (known := scope.shape(node.output[0])) is not None:
             scope.weights[node.output[0]] = prod(known)  # how onnx's light models stand in for weights
+
+    def product(self, node: onnx.NodeProto, op: str, scope: Scope, claim: str | None) -> MacCount:
+        contrib = CONTRIB.get(op)
         counted = RULES.get(op) if contrib is None else contrib.macs
         if op in NOT_COUNTED or (contrib is not None and counted is None):
             return MacCount()
@@ -87,13 +113,16 @@ class Walk:
             return MacCount()
         rule, positions = counted or (unknown, ())
         try:
-            macs = rule(node, shape)
-        except (LookupError, ArithmeticError, ValueError):  # a shape is unknown or does not fit the operator
-            return MacCount((), {op: 1})
+            macs = rule(node, shapes(node, scope))
+            if macs < 0:
+                raise ArithmeticError
+        except _UNKNOWN:
+            return MacCount((), {clipped(op): 1})
         parameters = sum(scope.weights.get(node.input[i], 0) for i in positions if i < len(node.input))
         if contrib is not None and contrib.packed:
             parameters += contrib.packed(node)
-        return MacCount((NodeMacs(_label(node), op, node.output[0], macs, parameters),))
+        made = NodeMacs(label(node), op, clipped(node.output[0]), macs, parameters)
+        return self.work.keep(MacCount((made,), claimed=() if claim is None else (claim,)))
 
     def infer(self, node: onnx.NodeProto, scope: Scope) -> None:
         """Learn the types of a node's outputs, and their values if they are few and constant."""
@@ -109,124 +138,89 @@ class Walk:
             [numpy_helper.from_array(value, name) for name, value in constants.items()],
         )
         model = helper.make_model(graph, opset_imports=self.opsets)
-        with suppress(shape_inference.InferenceError):  # raised for an operator that onnx does not know
-            inferred = shape_inference.infer_shapes(model, data_prop=True)
-            scope.types.update((value.name, value.type) for value in inferred.graph.output)
+        if node.op_type == "Einsum":
+            equation(node)
+        scope.types.update(_inferred(model))
         if node.op_type in ("Shape", "Size") and (shape := scope.shape(node.input[0])) is not None:
             cut = slice(attribute(node, "start", 0), attribute(node, "end", None))
             value = prod(shape) if node.op_type == "Size" else shape[cut]
             scope.constants[node.output[0]] = np.array(value, np.int64)
             return
-        shapes = [scope.shape(name) for name in outputs]
-        foldable = node.op_type in NOT_COUNTED - RANDOM and len(constants) == len(set(names))
-        if foldable and all(shape is not None and prod(shape) <= SMALL for shape in shapes):
-            _evaluate(model, scope)
+        if len(outputs) != 1 or len(constants) != len(set(names)):
+            return
+        shape = scope.shape(outputs[0])
+        if shape is not None and prod(shape) <= SMALL and (found := evaluate(node, constants, shape)) is not None:
+            scope.constants[outputs[0]] = found
 
     def call(self, node: onnx.NodeProto, function: onnx.FunctionProto, scope: Scope) -> MacCount:
-        """A function's body knows its arguments only, and has opsets of its own."""
-        inner = Scope()
+        """A function's body knows its arguments only, and has opsets of its own. The same call is counted once."""
+        inner = Scope(folder=scope.folder)
         for formal, actual in zip(function.input, node.input, strict=False):
             inner.take(formal, scope, actual)
         given = {one.name: one for one in (*function.attribute_proto, *node.attribute)}
-        body = replace(self, opsets=list(function.opset_import))
-        count = body.nodes([_with_attributes(one, given) for one in function.node], function.value_info, inner)
+        key = (node.domain, node.op_type, node.overload, *_facts(inner, function.input), *_bytes(given))
+        found = self.called.get(key)
+        if found is None:
+            found = self.called[key] = self._body(node, function, inner, given), inner
+        count, known = found
         for formal, actual in zip(function.output, node.output, strict=False):
-            scope.take(actual, inner, formal)
-        return repeated(count, _label(node), 1)
+            scope.take(actual, known, formal)
+        return self.work.keep(repeated(count, label(node), 1))
 
-    def branch(self, node: onnx.NodeProto, scope: Scope) -> MacCount:
-        branches: dict[str, onnx.GraphProto] = {one.name: one.g for one in node.attribute}
-        condition = scope.constant(node.input[0])
-        taken = list(branches) if condition is None else ["then_branch" if condition else "else_branch"]
-        scopes = [scope.inner() for _ in taken]
-        counts = [self.graph(branches[name], inner) for name, inner in zip(taken, scopes, strict=True)]
-        for index, output in enumerate(node.output):
-            names = [branches[name].output[index].name for name in taken]
-            if len({inner.shape(name) for inner, name in zip(scopes, names, strict=True)}) == 1:
-                scope.types[output] = scopes[0].types.get(names[0], TypeProto())
-            if len(taken) == 1 and names[0] in scopes[0].constants:
-                scope.constants[output] = scopes[0].constants[names[0]]
-        costliest = max(range(len(taken)), key=lambda index: counts[index].total)
-        every = merged(counts)
-        count = repeated(counts[costliest], f"{_label(node)}/{taken[costliest]}", 1)
-        said = [f"If '{_label(node)}' takes its costlier branch, {taken[costliest]}"]
-        differs = len(taken) > 1 and every.nodes
-        return MacCount(count.nodes, every.uncounted, (*(said if differs else ()), *every.assumed))
-
-    def loop(self, node: onnx.NodeProto, scope: Scope) -> MacCount:
-        """A loop counts if its number of turns is a constant and what it carries keeps its shape."""
-        body: onnx.GraphProto = attribute(node, "body")
-        turns = scope.constant(node.input[0]) if node.input[0] else None
-        inner = scope.inner()
-        inner.types[body.input[0].name] = helper.make_tensor_type_proto(TensorProto.INT64, [])
-        if len(node.input) < 2 or not node.input[1] or scope.constant(node.input[1]):
-            inner.constants[body.input[1].name] = np.array(True)
-        for value, name in zip(body.input[2:], node.input[2:], strict=True):
-            inner.types[value.name] = scope.types.get(name, TypeProto())
-        carried = [(before.name, after.name) for before, after in zip(body.input[2:], body.output[1:], strict=False)]
-        count = self.graph(body, inner)
-        if not inner.constant(body.output[0].name):  # the body decides when to stop
-            turns = None
-        return self.turns(node, scope, inner, count, carried, body.output[1 + len(carried) :], turns)
-
-    def scan(self, node: onnx.NodeProto, scope: Scope) -> MacCount:
-        """A scan's body runs once for every slice of its scanned inputs."""
-        body: onnx.GraphProto = attribute(node, "body")
-        if len(body.input) != len(node.input):  # opset 8, which scans a batch of sequences of different lengths
-            return MacCount((), {"Scan": 1})
-        states = len(node.input) - attribute(node, "num_scan_inputs", 0)
-        axes = attribute(node, "scan_input_axes", None) or [0] * (len(node.input) - states)
-        inner, turns = scope.inner(), None
-        for value, name in zip(body.input[:states], node.input[:states], strict=True):
-            inner.types[value.name] = scope.types.get(name, TypeProto())
-        for value, name, axis in zip(body.input[states:], node.input[states:], axes, strict=True):
-            if shape := scope.shape(name):
-                axis %= len(shape)
-                turns = shape[axis]
-                inner.set_shape(value.name, (*shape[:axis], *shape[axis + 1 :]), name)
-        count = self.graph(body, inner)
-        carried = [(before.name, after.name) for before, after in zip(body.input[:states], body.output, strict=False)]
-        moved = any(attribute(node, "scan_output_axes", None) or ())  # stacked elsewhere: left to the declared shape
-        return self.turns(node, scope, inner, count, carried, [] if moved else body.output[states:], turns)
-
-    def turns(
+    def _body(
         self,
         node: onnx.NodeProto,
-        scope: Scope,
+        function: onnx.FunctionProto,
         inner: Scope,
-        count: MacCount,
-        carried: Sequence[tuple[str, str]],
-        stacked: Sequence[onnx.ValueInfoProto],
-        turns: int | None,
+        given: Mapping[str, onnx.AttributeProto],
     ) -> MacCount:
-        """The count of `turns` turns (None: not known) of a body. What it carries must keep its shape; `stacked`
-        values are collected along a new dimension 0."""
-        stable = all(inner.shape(before) == inner.shape(after) for before, after in carried)
-        if stable:
-            scope.types.update(
-                (output, inner.types[before]) for output, (before, _) in zip(node.output, carried, strict=False)
-            )
-        if stable and turns is not None:
-            for output, value in zip(node.output[len(carried) :], stacked, strict=False):
-                if (shape := inner.shape(value.name)) is not None:
-                    scope.set_shape(output, (turns, *shape), value.name)
-            times = f"{node.op_type} '{_label(node)}' takes {turns} turns"
-            made = repeated(count, f"{_label(node)}/body", turns)
-            return MacCount(made.nodes, made.uncounted, (*([times] if made.nodes else ()), *made.assumed))
-        return MacCount((), {node.op_type: 1} if count.nodes or count.uncounted else {})
+        name = (node.domain, node.op_type, node.overload)
+        if name in self.work.active:
+            raise CannotCountError(f"the function '{node.op_type}' calls itself")
+        self.work.active.append(name)
+        try:
+            body = replace(self, opsets=list(function.opset_import))
+            return body.nodes([_with_attributes(one, given) for one in function.node], function.value_info, inner)
+        finally:
+            self.work.active.pop()
 
 
-def _evaluate(model: onnx.ModelProto, scope: Scope) -> None:
-    from onnx.reference import ReferenceEvaluator  # slow to import, and most graphs need none
-
+def _inferred(model: onnx.ModelProto) -> Iterable[tuple[str, onnx.TypeProto]]:
+    """The types of a one-node model's outputs; none for an operator that onnx does not know, attributes that do not
+    fit, types that contradict each other: its native code throws many kinds of errors."""
     try:
-        with np.errstate(all="ignore"):
-            results = ReferenceEvaluator(model).run(None, {})
-    except Exception:  # any failure inside onnx's evaluator only means that the value stays unknown
-        return
-    for output, result in zip(model.graph.output, results, strict=True):
-        if isinstance(result, np.ndarray | np.generic):
-            scope.constants[output.name] = np.asarray(result)
+        inferred = shape_inference.infer_shapes(model)
+    except (RecursionError, MemoryError):
+        raise
+    except Exception:
+        return ()
+    return [(value.name, value.type) for value in inferred.graph.output]
+
+
+def shapes(node: onnx.NodeProto, scope: Scope) -> ShapeOf:
+    """The shapes of the node's inputs by index, and of its first output. They raise LookupError where unknown."""
+
+    def shape(index: int) -> Shape:
+        known = scope.shape(node.output[0] if index == OUTPUT else node.input[index])
+        if known is None:
+            raise LookupError
+        return known
+
+    return shape
+
+
+def _facts(scope: Scope, names: Iterable[str]) -> Iterable[object]:
+    """All that is known of these values, to be compared."""
+    for name in names:
+        constant = scope.constants.get(name)
+        value = None if constant is None else (constant.dtype.str, constant.shape, constant.tobytes())
+        kind = scope.types.get(name)
+        yield name, kind and kind.SerializeToString(deterministic=True), value
+        yield scope.weights.get(name), scope.claims.get(name)
+
+
+def _bytes(given: Mapping[str, onnx.AttributeProto]) -> Iterable[bytes]:
+    return (one.SerializeToString(deterministic=True) for one in given.values())
 
 
 def _with_attributes(node: onnx.NodeProto, given: Mapping[str, onnx.AttributeProto]) -> onnx.NodeProto:
@@ -248,7 +242,3 @@ def _with_attributes(node: onnx.NodeProto, given: Mapping[str, onnx.AttributePro
             del copy.g.node[:]
             copy.g.node.extend(nodes)
     return made
-
-
-def _label(node: onnx.NodeProto) -> str:
-    return node.name or node.output[0]

@@ -18,6 +18,7 @@ import onnx
 from onnx import AttributeProto, TensorProto, helper
 
 from doconv_convert.check.onnx_files.model import ModelSource, present, read_model
+from doconv_convert.check.onnx_files.other_fields import other_fields
 from doconv_convert.check.onnx_files.tensors import differing, dtype_text, elements, tensor_text
 from doconv_convert.errors import DoconvError
 
@@ -90,15 +91,22 @@ class _Listing:
             listing.records.append(_Record("graph", f"{len(values)} {what}s", facts))
         functions = sorted(model.functions, key=_function_name)
         names = ", ".join(map(_function_name, functions)) or "none"
-        facts = {"opset imports": _opsets(model.opset_import), "local functions": names}
+        facts = {
+            "IR version": str(model.ir_version),
+            "opset imports": _opsets(model.opset_import),
+            "local functions": names,
+            "other fields": ", ".join(other_fields(model)) or "none",
+        }
         listing.records.append(_Record("model", "model", facts))
         listing.graph(graph, ChainMap(), "")
         for function in functions:
             where = f"function {_function_name(function)} "
             facts = {"opset imports": _opsets(function.opset_import), "inputs": str(len(function.input))}
-            listing.records.append(_Record(where, "function", facts))
+            facts["attributes"] = ", ".join(function.attribute) or "none"
+            _, tensors, plain = _attributes(function.attribute_proto)
+            listing.records.append(_Record(where, "function", facts, plain, tensors))
             places = _Places({name: f"{where}input {i}" for i, name in enumerate(function.input)})
-            listing.nodes(function.node, places, {}, where)
+            listing.nodes(function.node, places, _types(function.value_info), where)
             listing.outputs(function.output, {}, places, where)
         return listing
 
@@ -109,7 +117,7 @@ class _Listing:
         self.declared.extend(graph.initializer)
         places = outer.new_child({value.name: f"{prefix}input {i}" for i, value in enumerate(graph.input)})
         places.update((tensor.name, tensor) for tensor in graph.initializer)
-        types = {value.name: _type_text(value.type) for value in graph.value_info}
+        types = _types(graph.value_info)
         if prefix:
             shapes = {i: _type_text(value.type) for i, value in enumerate(graph.input)}
             self.records.append(_Record(f"{prefix}graph", f"{len(shapes)} inputs", {}, types=shapes))
@@ -121,11 +129,12 @@ class _Listing:
         for index, node in enumerate(nodes):
             where = f"{prefix}node {index}"
             operator = f"{node.domain}.{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type
+            operator += f".{node.overload}" if node.overload else ""
             inputs, outputs = present(node.input), present(node.output)
             facts = {"number of inputs": str(len(inputs)), "number of outputs": str(len(outputs))}
             facts.update((f"input {i}", self.place(name, places)) for i, name in enumerate(inputs))
             known = {i: types[name] for i, name in enumerate(outputs) if name in types}
-            graphs, tensors, plain = _attributes(node)
+            graphs, tensors, plain = _attributes(node.attribute)
             self.records.append(_Record(where, operator, facts, plain, tensors, known, is_node=True))
             for name, graph in graphs.items():
                 self.graph(graph, places, f"{where} {name} ")
@@ -207,17 +216,19 @@ def _compare_tensor(
 
 
 def _attributes(
-    node: onnx.NodeProto,
+    attributes: Iterable[AttributeProto],
 ) -> tuple[dict[str, onnx.GraphProto], dict[str, TensorProto], dict[str, str]]:
-    """A node's attributes by name: its subgraphs, its tensors, and the text of everything else."""
+    """Attributes by name: the subgraphs, its tensors, and the text of everything else."""
     graphs, tensors, plain = {}, {}, {}
-    for item in sorted(node.attribute, key=lambda attribute: attribute.name):
+    for item in sorted(attributes, key=lambda attribute: attribute.name):
         if item.ref_attr_name:
             plain[item.name] = f"@{item.ref_attr_name}"
         elif item.type == AttributeProto.GRAPH:
             graphs[item.name], plain[item.name] = item.g, "a graph"
         elif item.type == AttributeProto.TENSOR:
             tensors[item.name], plain[item.name] = item.t, "a tensor"
+        elif item.type not in AttributeProto.AttributeType.values() or not item.type:
+            raise DoconvError(f"attribute '{item.name}' has the type {item.type}, which ONNX does not know")
         else:
             plain[item.name] = repr(helper.get_attribute_value(item))
     return graphs, tensors, plain
@@ -234,9 +245,21 @@ def _type_text(value: onnx.TypeProto) -> str:
     if kind not in ("tensor_type", "sparse_tensor_type"):
         return " ".join(str(value).split()) or "unknown type"
     tensor = getattr(value, kind)
-    dims = [str(getattr(dim, dim.WhichOneof("value") or "", "?")) for dim in tensor.shape.dim]
+    dims = [_dim_text(dim) for dim in tensor.shape.dim]
     shape = ",".join(dims) if tensor.HasField("shape") else "..."
     return f"{'sparse ' * (kind != 'tensor_type')}{dtype_text(tensor.elem_type)}[{shape}]"
+
+
+def _dim_text(dim: onnx.TensorShapeProto.Dimension) -> str:
+    """A symbol that could be taken for something else is quoted: one may be named '3'."""
+    if dim.WhichOneof("value") != "dim_param":
+        return str(dim.dim_value) if dim.HasField("dim_value") else "?"
+    name: str = dim.dim_param
+    return name if name.isidentifier() else repr(name)
+
+
+def _types(values: Iterable[onnx.ValueInfoProto]) -> dict[str, str]:
+    return {value.name: _type_text(value.type) for value in values}
 
 
 def _opsets(imports: Iterable[onnx.OperatorSetIdProto]) -> str:

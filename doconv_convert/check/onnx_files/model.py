@@ -13,12 +13,22 @@ from onnx import helper
 
 from doconv_convert.check.onnx_files.names import undecodable_name
 from doconv_convert.errors import DoconvError
+from doconv_convert.files import require_file
 
 ModelSource: TypeAlias = onnx.ModelProto | str | os.PathLike[str]
 
 # Operators that hand a constant on in another layout or storage type but compute no new kernel from it.
 _LAYOUT = {"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 CARRIERS = frozenset({"Cast", "DequantizeLinear", "Identity", "QuantizeLinear", *_LAYOUT})
+
+
+# Here onnxruntime has operators of its own, which a function of the same name in the file does not replace (tried with
+# 1.32, for operators that ONNX defines by functions, too).
+_RUNTIME_DOMAINS = ("", "ai.onnx", "com.microsoft", "com.ms", "org.pytorch.aten")
+
+
+def in_runtime_domain(domain: str) -> bool:
+    return any(domain == one or (one and domain.startswith(f"{one}.")) for one in _RUNTIME_DOMAINS)
 
 
 def read_model(model: ModelSource) -> onnx.ModelProto:
@@ -29,12 +39,16 @@ def read_model(model: ModelSource) -> onnx.ModelProto:
     if isinstance(model, onnx.ModelProto):
         return model
     path = os.fspath(model)
+    require_file(Path(path), "an ONNX file")
     try:
         loaded = onnx.load(path, format="protobuf", load_external_data=False)
     except (OSError, DecodeError) as error:
         raise DoconvError(f"'{path}' cannot be read as an ONNX file ({error}): export it again") from error
     if not loaded.HasField("graph") or not loaded.opset_import:
         raise DoconvError(f"'{path}' is not an ONNX model: expected a graph and its opset, got neither")
+    domains = ["" if one.domain == "ai.onnx" else one.domain for one in loaded.opset_import]
+    if len(domains) > len(set(domains)):
+        raise DoconvError(f"'{path}' names the opset of a domain twice: export it again")
     if (name := undecodable_name(loaded)) is not None:
         raise DoconvError(f"'{path}' has the name {name!r}, which is no UTF-8 text: export it again")
     return loaded

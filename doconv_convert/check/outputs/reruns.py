@@ -26,7 +26,7 @@ def other_runs(
     session: OnnxSession, reference: ReferenceRun, checks: Sequence[OutputCheck], floor: float = FLOOR
 ) -> tuple[list[str], str]:
     """What went wrong, and a sentence on what was run. `checks` are those of the whole batch in `session`."""
-    plain = OnnxSession(session.path, optimize=False, precise=session.precise)
+    plain = OnnxSession(session.path, optimize=False, precise=session.precise, timeout=session.timeout)
     got = in_order_of(reference.truth, plain.run(reference.inputs), reference.detections)
     # whether samples differ was asked before
     again = compare_outputs(

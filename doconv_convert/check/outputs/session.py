@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from threading import Timer
+from typing import Any
 
 import numpy as np
 from onnx import ModelProto, TensorProto
@@ -24,15 +26,18 @@ _SMALL = 64  # elements
 class OnnxSession:
     """A file in onnxruntime on the CPU, as it is or, `precise`, with sums and sigmoids in float64 (`in_float64`).
 
-    Raises DoconvError where it cannot be loaded, asks for data that is not its own, or `run` cannot run it.
+    Raises DoconvError where it cannot be loaded, asks for data that is not its own, or `run` cannot run it or takes
+    more than `timeout` seconds.
     """
 
-    def __init__(self, path: Path, *, optimize: bool = True, precise: bool = False) -> None:
+    def __init__(
+        self, path: Path, *, optimize: bool = True, precise: bool = False, timeout: float | None = None
+    ) -> None:
         require_own_data(path)
         import onnxruntime
 
         onnxruntime.set_default_logger_severity(4)
-        self.path, self.precise = path, precise
+        self.path, self.precise, self.timeout = path, precise, timeout
         options = onnxruntime.SessionOptions()
         # Waiting threads would take the cores from the exports and rehearsals that run beside this.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -61,7 +66,9 @@ class OnnxSession:
             raise DoconvError(f"'{self.path}' takes {len(self.inputs)} inputs ({names}), got {len(inputs)}.")
         feeds = dict(zip(self.inputs, inputs, strict=True))
         try:
-            values = self._session.run(None, feeds)
+            values = self._values(feeds)
+        except DoconvError:
+            raise
         except Exception as error:
             shapes = ", ".join(f"{name} {array.shape}" for name, array in feeds.items())
             raise DoconvError(f"onnxruntime cannot run '{self.path}' on {shapes}: {_first_line(error)}") from error
@@ -71,6 +78,24 @@ class OnnxSession:
                     f"output '{name}' of '{self.path}' is a sequence or a map: only tensors can be compared."
                 )
         return [np.asarray(value) for value in values]
+
+    def _values(self, feeds: Mapping[str, Array]) -> Any:
+        if self.timeout is None:
+            return self._session.run(None, feeds)
+        import onnxruntime
+
+        options = onnxruntime.RunOptions()
+        clock = Timer(self.timeout, setattr, (options, "terminate", True))
+        clock.start()
+        try:
+            return self._session.run(None, feeds, options)
+        except Exception:
+            if not options.terminate:
+                raise
+            text = f"'{self.path}' took more than {self.timeout:.0f} s of work; if it is worth that, give it more with"
+            raise DoconvError(f"{text} `timeout`") from None
+        finally:
+            clock.cancel()
 
 
 def run_onnx(path: Path, inputs: Sequence[Array]) -> tuple[list[str], list[Array]]:

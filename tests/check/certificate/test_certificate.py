@@ -1,6 +1,7 @@
 """Certificates: written by `fold --onnx`, checked without torch, refused where anything was changed."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -9,21 +10,24 @@ from typing import Any
 
 import jsonschema
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from onnx import numpy_helper
 from support import inexact_session, varied_images, wrong_where
-from support_cli import ROOT, ExportsHere, names, run_cli, run_python, trained, write_model
+from support_cli import ROOT, ConfinedHere, ExportsHere, names, run_cli, run_python, trained, write_model
 
 import doconv_convert
 from doconv_convert.artifacts.export import child_process, onnx_file
 from doconv_convert.artifacts.models import SourceModel, find_inputs
 from doconv_convert.artifacts.sources.source import build, parse_source
+from doconv_convert.check import confined
 from doconv_convert.check.certificate import certificate as certificates
-from doconv_convert.check.certificate import verify as verify_module
-from doconv_convert.check.certificate.certificate import SCHEMA, digest
+from doconv_convert.check.certificate import outputs as outputs_module
+from doconv_convert.check.certificate.certificate import SCHEMA
+from doconv_convert.check.certificate.reading import digest
 from doconv_convert.check.certificate.verify import verify_certificate
-from doconv_convert.check.outputs.compare import ONNX_BOUND
+from doconv_convert.check.outputs.compare import CEILING, ONNX_BOUND
 from doconv_convert.check.torch_runs import memory
 from doconv_convert.rewrite.options import Options
 from doconv_convert.workflows import fold as releases
@@ -64,6 +68,17 @@ try:
 except SystemExit as end:
     print("code", end.code)
 """
+
+
+@pytest.fixture(autouse=True)
+def files_are_read_in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "really_confined" not in request.fixturenames:
+        monkeypatch.setattr(confined, "Confined", ConfinedHere)
+
+
+@pytest.fixture
+def really_confined() -> None:
+    """A test that asks for this has the process with its limits."""
 
 
 def fold_here(folder: Path, checkpoint: str = "a", target: str = "m", verify: bool = True) -> None:
@@ -205,10 +220,121 @@ def test_a_flipped_byte_anywhere_in_the_certificate_is_refused(files: Path) -> N
     assert failed(files) == {"certificate"}
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", "null", '{"format": NaN}', "[" * 100_000, "\xff", '{"a": 1e999}'])
+NO_CERTIFICATES = ["", "{}", "[1]", "null", '{"format": NaN}', "[" * 100_000, "\xff", '{"a": 1e999}']
+
+
+@pytest.mark.parametrize("text", [*NO_CERTIFICATES, f'{{"a": {"9" * 5000}}}', '{"a": 1, "b": 2, "a": 1}'])
 def test_what_is_no_certificate_is_refused(files: Path, text: str) -> None:
     (files / "m.certificate.json").write_text(text, encoding="latin-1")
     assert failed(files) == {"certificate"}
+
+
+@pytest.mark.parametrize(
+    ("found", "written"),
+    [
+        (b'"total": ', b'"total": 1, "total": '),
+        (b'"total": ', b'"total": ' + b"9" * 400),
+        (b'"samples": ', b'"samples": 1e999'),
+    ],
+)
+def test_numbers_and_names_that_readers_take_differently_are_refused(files: Path, found: bytes, written: bytes) -> None:
+    """Also where the digest is made to fit what Python would read."""
+    path = files / "m.certificate.json"
+    text = path.read_bytes().replace(found, written, 1)
+    path.write_bytes(text.replace(b"1e9994", b"1e999"))
+    assert failed(files) == {"certificate"}
+
+
+def test_what_is_no_regular_file_is_not_opened(files: Path) -> None:
+    """A pipe would wait for ever."""
+    for name in ("m.certificate.json", "m.reference.npz", "m.onnx"):
+        kept = (files / name).read_bytes()
+        (files / name).unlink()
+        os.mkfifo(files / name)
+        result = verify(files)
+        assert result.exit_code == (3 if name == "m.reference.npz" else 1)
+        assert "Traceback" not in result.stderr
+        (files / name).unlink()
+        (files / name).write_bytes(kept)
+    assert verify(files).exit_code == 0
+
+
+def test_nothing_is_opened_behind_a_wrong_hash(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(*_: Any, **__: Any) -> None:
+        raise AssertionError("opened")
+
+    monkeypatch.setattr(ConfinedHere, "call", opened)
+    for name in ("m.onnx", "m.reference.npz"):
+        kept = (files / name).read_bytes()
+        flip(files / name, len(kept) // 2)
+        assert failed(files) == {"files"}
+        (files / name).write_bytes(kept)
+    with pytest.raises(AssertionError, match="opened"):
+        verify_certificate(files / "m.onnx", files / "m.certificate.json")
+
+
+def certify_anew(folder: Path) -> None:
+    """The hashes of the files as they are now, in a certificate whose digest fits."""
+    content = content_of(folder)
+    content["onnx"]["sha256"] = certificates.content_hash(folder / "m.onnx")
+    content["outputs"]["reference"]["sha256"] = certificates.content_hash(folder / "m.reference.npz")
+    sign(folder, content)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_side_file_that_unpacks_to_more_is_not_unpacked(files: Path, packed: bool) -> None:
+    with np.load(files / "m.reference.npz") as arrays:
+        values = dict(arrays)
+    if packed:
+        np.savez_compressed(files / "m.reference.npz", **values)
+    else:
+        np.savez(files / "m.reference.npz", **{**values, "output_0": np.zeros(100_000)})
+    certify_anew(files)
+    assert failed(files) == {"outputs"}
+    said = verify_certificate(files / "m.onnx", files / "m.certificate.json").statuses[-1].detail
+    assert "is packed, or not as the certificate says" in said
+
+
+def test_a_forged_norm_widens_no_bound(files: Path) -> None:
+    """Of an output that is kept as a sketch, the error is relative to the certificate's norm."""
+    content = content_of(files)
+    content["outputs"]["tensors"][1]["norm"] *= 1000
+    sign(files, content)
+    assert failed(files) == {"outputs"}
+
+
+def test_a_forged_error_allows_no_more_than_the_ceiling(files: Path) -> None:
+    content = content_of(files)
+    content["outputs"]["tensors"][0]["plain_error"] = 1e9
+    sign(files, content)
+    with np.load(files / "m.reference.npz") as arrays:
+        values = dict(arrays)
+    for factor, code in ((0.5, 0), (2.0, 3)):
+        np.savez(files / "m.reference.npz", **{**values, "output_0": values["output_0"] * (1 + factor * CEILING)})
+        certify_anew(files)
+        assert verify(files).exit_code == code
+
+
+def test_a_model_that_does_not_end_is_ended(files: Path, really_confined: None) -> None:
+    """An endless Loop beside the network, certified by another hand."""
+    model = onnx.load(files / "m.onnx")
+    value = onnx.helper.make_tensor_value_info
+    body = onnx.helper.make_graph(
+        [onnx.helper.make_node("Identity", ["go"], ["on"]), onnx.helper.make_node("Add", ["s", "s"], ["t"])],
+        "body",
+        [value("i", 7, []), value("go", 9, []), value("s", 1, [])],
+        [value("on", 9, []), value("t", 1, [])],
+    )
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(1), "one_more"))
+    model.graph.node.insert(0, onnx.helper.make_node("Loop", ["", "", "one_more"], ["endless"], body=body))
+    first = next(node for node in model.graph.node if node.op_type == "Conv")
+    model.graph.node.insert(1, onnx.helper.make_node("Mul", ["endless", first.input[0]], ["scaled"]))
+    first.input[0] = "scaled"
+    onnx.save(model, files / "m.onnx")
+    certify_anew(files)
+    proof = verify_certificate(files / "m.onnx", files / "m.certificate.json", timeout=2)
+    assert proof.state("outputs") == "failed"
+    assert "took more than 2 s of work" in proof.statuses[-1].detail
 
 
 def test_line_ends_as_windows_writes_them_are_no_change(files: Path) -> None:
@@ -235,7 +361,7 @@ def test_a_flipped_byte_in_the_side_file_is_refused(files: Path) -> None:
 
 def test_another_models_certificate_is_refused(files: Path) -> None:
     """Of the same architecture, so that the MACs are equal and nothing but bytes and outputs differ."""
-    assert failed(files, model="n") == {"files", "outputs"}
+    assert failed(files, model="n") == {"files"}
 
 
 @pytest.mark.parametrize(
@@ -324,7 +450,7 @@ def test_the_runtimes_own_rounding_is_no_fault(files: Path, monkeypatch: pytest.
     """Here onnxruntime's float32 sums are made worse, those in float64 are not."""
 
     def outputs(error: float) -> Any:
-        monkeypatch.setattr(verify_module, "OnnxSession", inexact_session(error))
+        monkeypatch.setattr(outputs_module, "OnnxSession", inexact_session(error))
         return verify_certificate(files / "m.onnx", files / "m.certificate.json").statuses[-1]
 
     assert "computed in float64" not in outputs(0.0).detail

@@ -10,7 +10,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from doconv_convert.check.macs import counting as macs_module
-from doconv_convert.check.macs.counting import MacCount, NodeMacs, compare_counts, count_macs, format_macs, parse_macs
+from doconv_convert.check.macs.counting import count_macs
+from doconv_convert.check.macs.figures import compare_counts, format_macs, parse_macs
+from doconv_convert.check.macs.result import MacCount, NodeMacs
 from doconv_convert.errors import DoconvError, UsageError
 
 Dims = list[int | str | None]
@@ -202,6 +204,24 @@ def test_the_batch_defaults_to_one_and_other_dimensions_must_be_bound() -> None:
         count_macs(dynamic, {"height": 0})
 
 
+@pytest.mark.parametrize("inputs", [{"x": ["N", 3, "N", 12]}, {"x": ["N", 3, 10, 12], "z": [1, "N"]}])
+def test_a_height_that_is_named_like_the_batch_is_not_1(inputs: dict[str, Dims]) -> None:
+    """onnxruntime takes any sizes for dimensions of one name."""
+    dynamic = model([node("Conv", "x w b")], inputs, CONV)
+    with pytest.raises(DoconvError, match="is dynamic: give its size, as in `dims` 'N=224'"):
+        count_macs(dynamic)
+    assert count_macs(dynamic, {"N": 10}).total == 10 * 8 * 8 * 10 * 27
+
+
+def test_a_sparse_default_may_be_replaced_too() -> None:
+    sparse = helper.make_sparse_tensor(weight("w", 2), integers("at", 0, 7), [3, 5])
+    graph = model([node("MatMul", "x w")], {"x": [4, 3], "w": [3, None]})
+    graph.graph.sparse_initializer.append(sparse)
+    assert count_macs(graph).claimed == ("w",)
+    graph.ir_version = 3
+    assert count_macs(graph).claimed == ()
+
+
 def test_a_dimension_without_a_name_is_bound_by_its_place() -> None:
     unnamed = model([node("Conv", "x w b")], {"x": [None, 3, None, 12]}, CONV)
     assert count_macs(unnamed, {"x[2]": 10}).total == 8 * 8 * 10 * 27
@@ -318,6 +338,15 @@ def test_a_scan_of_unknown_length_is_uncounted() -> None:
     graph.graph.input[1].name = "s0"
     graph.graph.input.append(value("c", [5], TensorProto.BOOL))
     assert count_macs(graph) == MacCount((), {"Scan": 1, "MatMul": 1})
+
+
+def test_a_value_of_a_million_dimensions_is_unknown() -> None:
+    """Their product would take minutes."""
+    graph = model([node("MatMul", "x w")], {"x": [2, 2]})
+    graph.graph.initializer.append(TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[2] * 1_000_000))
+    assert count_macs(graph) == MacCount((), {"MatMul": 1})
+    with pytest.raises(DoconvError, match="input 'x' has more than 64 dimensions"):
+        count_macs(model([node("Relu", "x")], {"x": [2] * 65}))
 
 
 def test_what_was_assumed_is_said() -> None:

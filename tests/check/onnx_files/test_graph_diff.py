@@ -168,6 +168,30 @@ def shared(model: ModelProto) -> None:
     model.graph.node[1].input[1] = "w"
 
 
+def symbol_like_a_number(model: ModelProto) -> None:
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "3"
+
+
+def ir_version(model: ModelProto) -> None:
+    model.ir_version -= 1
+
+
+def two_values(model: ModelProto) -> None:
+    model.graph.initializer[0].float_data.extend([1.0] * 108)
+
+
+def two_values_of_an_attribute(model: ModelProto) -> None:
+    model.graph.node[0].attribute[0].ints.append(1)
+
+
+def unknown_field(model: ModelProto) -> None:
+    model.graph.node[1].MergeFromString(b"\xa2\x06\x03abc")
+
+
+def training(model: ModelProto) -> None:
+    model.training_info.add().algorithm.name = "sgd"
+
+
 FAULTS: dict[Callable[[ModelProto], None], str] = {
     attribute: "node 0: expected Conv(group=1, ...) got Conv(group=2, ...)",
     attribute_dropped: "node 0: expected Conv(pads=[1, 1, 1, 1], ...) got Conv(pads=(absent), ...)",
@@ -189,6 +213,12 @@ FAULTS: dict[Callable[[ModelProto], None], str] = {
     opset: "model opset imports: expected ai.onnx 18 got ai.onnx 17",
     unused: "number of unused initializers: expected 0 got 1 (the last one is 'conv.D')",
     shared: "node 1 (Conv) input 1: expected initializer 2 got initializer 0",
+    symbol_like_a_number: "graph input 0: expected 'x' float32[batch,3,8,8] got 'x' float32[batch,'3',8,8]",
+    ir_version: "model IR version: expected ",
+    two_values: "model other fields: expected none got tensor 'w' with values in float_data and raw_data",
+    two_values_of_an_attribute: "model other fields: expected none got attribute 'group' with values in i and ints",
+    unknown_field: "model other fields: expected none got NodeProto fields [100] (",
+    training: "model other fields: expected none got ModelProto.training_info (",
 }
 
 
@@ -276,6 +306,24 @@ def test_external_data_is_compared_by_its_bytes(tmp_path: Path) -> None:
     with pytest.raises(DoconvError, match=r"the external data of tensor 'w', 'b\.data'"):
         compare_graphs(embedded, tmp_path / "b.onnx")
     assert compare_graphs(embedded, tmp_path / "b.onnx", values=False).equal
+
+
+def with_default(value: int, attribute: str = "step") -> ModelProto:
+    body = [helper.make_node("Relu", ["a"], ["b"])]
+    function = helper.make_function("mine", "F", ["a"], ["b"], body, [helper.make_opsetid("", 18)], [attribute])
+    function.attribute_proto.append(helper.make_attribute("given", value))
+    function.value_info.append(helper.make_tensor_value_info("b", TensorProto.FLOAT, [value]))
+    model = network()
+    model.functions.append(function)
+    return model
+
+
+def test_what_a_function_declares_is_compared() -> None:
+    assert compare_graphs(with_default(1), with_default(1)).equal
+    assert compare_graphs(with_default(1), with_default(1, "pace")).differences == (
+        "function mine.F  attributes: expected step got pace",
+    )
+    assert len(compare_graphs(with_default(1), with_default(2)).differences) == 2
 
 
 def test_local_functions_are_compared() -> None:
