@@ -14,11 +14,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from doconv_convert.cli.console import PrintableFormatter
 from doconv_convert.cli.demo import demo
 from doconv_convert.cli.escapes import printable
 from doconv_convert.cli.flops import flops
 from doconv_convert.cli.fold import fold
+from doconv_convert.cli.log import PrintableFormatter
 from doconv_convert.cli.rehearse import rehearse
 from doconv_convert.cli.streams import forgiving_streams
 from doconv_convert.cli.to_doconv import to_doconv

@@ -5,7 +5,6 @@ Into a pipe or a file go plain lines without rules or colors.
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import signal
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import typer
 
 from doconv_convert.cli.escapes import json_text, no_command, printable
+from doconv_convert.cli.log import hide_log, show_log
 from doconv_convert.cli.option_names import with_options
 from doconv_convert.cli.privacy import Folders
 from doconv_convert.errors import CheckFailedError, DoconvError, UsageError
@@ -39,7 +39,6 @@ EXIT_ERROR, EXIT_USAGE, EXIT_CHECK_FAILED = 1, 2, 3
 # The first class that fits an error decides.
 _EXIT_CODES = {UsageError: EXIT_USAGE, CheckFailedError: EXIT_CHECK_FAILED, DoconvError: EXIT_ERROR}
 _SHOWN_FINDINGS = 8
-_PACKAGE = "doconv_convert"
 _LEAST_WIDTH = 12
 _STYLES = {
     "passed": "green",
@@ -223,7 +222,7 @@ def output(
     user named, paths and sources.
     """
     out = Output(as_json, quiet, github=github, folders=Folders.of(files))
-    log = _shown_log() if debug else None
+    log = show_log() if debug else None
     try:
         with farewell(lambda number: _say_farewell(out, number)):
             if steps and out.terminal and not quiet:
@@ -244,7 +243,7 @@ def output(
         out.fail(error, debug, EXIT_ERROR, message)
     finally:
         if log is not None:
-            _hide_log(log)
+            hide_log(log)
         if github is not None:
             _publish(github)
         if as_json and out.document:
@@ -272,29 +271,6 @@ def _publish(github: GithubReport) -> None:
         github.publish()
     except OSError as error:
         typer.echo(printable(f"warning: the step's summary cannot be written: {error}"), err=True)
-
-
-class PrintableFormatter(logging.Formatter):
-    """A record as one line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
-
-
-def _shown_log() -> logging.Handler:
-    """The package's own records on stderr, with what was decided and why."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(PrintableFormatter("debug: %(name)s: %(message)s"))
-    package = logging.getLogger(_PACKAGE)
-    package.setLevel(logging.DEBUG)
-    package.addHandler(handler)
-    return handler
-
-
-def _hide_log(handler: logging.Handler) -> None:
-    package = logging.getLogger(_PACKAGE)
-    package.removeHandler(handler)
-    package.setLevel(logging.NOTSET)
 
 
 def check_failed() -> NoReturn:

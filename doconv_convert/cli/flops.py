@@ -25,6 +25,12 @@ def flops(
     budget: Annotated[
         str | None, typer.Option("--max", metavar="4.1G", help="Exit with 3 if there are more MACs, or uncounted ones.")
     ] = None,
+    max_regions: Annotated[
+        int | None,
+        typer.Option(
+            "--max-regions", min=0, metavar="N", help="Exit with 3 if more linear regions (un-fused branches) are left."
+        ),
+    ] = None,
     dim: Annotated[
         list[str] | None, typer.Option("--dim", metavar="NAME=SIZE", help="A dynamic dimension's size; repeats.")
     ] = None,
@@ -55,6 +61,7 @@ def flops(
             model,
             against,
             most=None if budget is None else parse_macs(budget),
+            max_regions=max_regions,
             dims=o.parse_dims(dim),
             ignore=ignore or (),
             model_args=o.parse_model_args(model_args),
@@ -85,6 +92,7 @@ def _show(shown: Output, result: CountResult) -> None:
         shown.say(f"assumed: {sentence}")
     for op, number in list(count.uncounted.items())[:_SHOWN_NODES]:
         shown.say(f"not counted: {number} {op}")
+    _show_regions(shown, result)
     _show_budget(shown, result)
     for difference in result.differences:
         shown.problem(f"differs: {difference}")
@@ -94,6 +102,23 @@ def _show(shown: Output, result: CountResult) -> None:
     elif asked.against is not None and not result.differences:
         but = ", but for what is not counted" if count.uncounted else ""
         shown.say(f"equal to {asked.against}, node by node{but}")
+
+
+def _show_regions(shown: Output, result: CountResult) -> None:
+    from doconv_convert.check.macs.figures import format_macs
+    from doconv_convert.check.macs.regions import wasted_macs
+
+    regions, most = result.regions, result.request.max_regions
+    say = shown.say if result.few_regions else shown.problem
+    for region in regions:
+        nodes, convolutions = counted(len(region.nodes), "node"), counted(region.convolutions, "convolution")
+        wasted = format_macs(region.wasted)
+        say(f"linear region: {nodes}, {convolutions} that are one, {wasted} wasted: {', '.join(region.nodes)}")
+    if regions:
+        total = f"{counted(len(regions), 'linear region')} left, {format_macs(wasted_macs(regions))} wasted"
+        say(f"{total}; `doconv-convert fold FILE.onnx --merge branches -o FOLDED.onnx` makes one convolution of each")
+    if not result.few_regions:
+        shown.problem(f"too many linear regions: {len(regions)}, at most {most} are allowed")
 
 
 def _show_budget(shown: Output, result: CountResult) -> None:

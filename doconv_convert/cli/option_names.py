@@ -22,6 +22,7 @@ _OPTIONS = {
     "input_shapes": "--input-shape",
     "jobs": "--jobs",
     "kernels": "--kernel",
+    "merge": "--merge",
     "min_coverage": "--min-coverage",
     "model": "--model",
     "model_args": "--model-args",

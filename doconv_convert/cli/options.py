@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,6 +66,22 @@ ConstantKernels = Annotated[
     ),
 ]
 
+
+class MergeChoice(str, Enum):
+    """What --merge takes."""
+
+    none = "none"
+    branches = "branches"
+    all = "all"
+
+
+MergeOption = Annotated[
+    MergeChoice,
+    typer.Option(
+        "--merge",
+        help="Linear regions into one convolution each: branches (RepVGG, ...), or all, batch norms too.",
+    ),
+]
 MinCoverage = Annotated[
     float,
     typer.Option(

@@ -27,6 +27,7 @@ def rehearse(
         bool, typer.Option("--strict", help="Exit with 1 where the original cannot be exported.")
     ] = False,
     no_export: Annotated[bool, typer.Option("--no-export", help="Stop after the fold, proven in torch.")] = False,
+    merge: o.MergeOption = o.MergeChoice.none,
     model_args: o.ModelArgs = None,
     input_shape: o.InputShape = None,
     seed: o.Seed = 0,
@@ -50,6 +51,7 @@ def rehearse(
             input_shapes=input_shape or (),
             seed=seed,
             export=not no_export,
+            merge=merge.value,
         )
         rehearsals = Rehearsals.of(request)
         o.announce_code(shown, *rehearsals.wanted)

@@ -45,6 +45,7 @@ def verify(
     ema: o.Ema = False,
     prefix: o.Prefix = "",
     constant_kernels: o.ConstantKernels = False,
+    merge: o.MergeOption = o.MergeChoice.none,
     device: o.Device = "cpu",
     min_coverage: o.MinCoverage = 0.0,
     timeout: o.Timeout = None,
@@ -95,6 +96,7 @@ def verify(
             selection=o.selection(ema, prefix),
             flags=o.flags(opset, input_names, output_names, dynamic, static),
             constant_kernels=constant_kernels,
+            merge=merge.value,
             input_shapes=input_shape or (),
             input_file=input_file,
             device=device,
@@ -104,9 +106,13 @@ def verify(
         )
         o.announce_code(shown, against, model)
         proof = verify_file(candidate, reference, shown.step)
-        unchecked = {status.name for status in proof.statuses if status.state == "not checked"}
-        enough = (graph_only and unchecked == {"outputs"}) or (equivalent and proof.equivalent)
-        _show(shown, proof, report, enough=enough and not proof.failed)
+        _show(shown, proof, report, enough=_is_enough(proof, graph_only, equivalent))
+
+
+def _is_enough(proof: Proof, graph_only: bool, equivalent: bool) -> bool:
+    """Whether the user asked for no more than what was found, though it proves nothing."""
+    unchecked = {status.name for status in proof.statuses if status.state == "not checked"}
+    return not proof.failed and ((graph_only and unchecked == {"outputs"}) or (equivalent and proof.equivalent))
 
 
 def _with_certificate(

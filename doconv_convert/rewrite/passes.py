@@ -153,9 +153,7 @@ def fold_kernels(model: nn.Module, check_first: bool = True) -> tuple[dict[str, 
     compositions = _compositions(model)
     every = unique([*layer_factors(model), *(composition.factors for composition in compositions)])
     if check_first:
-        for one in every:
-            for _ in rounded_rows(one):
-                pass
+        _check(every)
     rounding = assign_folded(every)
     for composition in compositions:
         composition.remove()
@@ -164,6 +162,19 @@ def fold_kernels(model: nn.Module, check_first: bool = True) -> tuple[dict[str, 
         gm.graph.lint()
         gm.recompile()
     return rounding, restored or bool(compositions)
+
+
+def check_kernels(model: nn.Module) -> None:
+    """Raises what folding would, and changes nothing."""
+    refuse_subclasses(model)
+    _refuse_decomposed(model)
+    _check(kernel_factors(model))
+
+
+def _check(every: Sequence[Factors]) -> None:
+    for one in every:
+        for _ in rounded_rows(one):
+            pass
 
 
 def kernel_factors(model: nn.Module) -> list[Factors]:

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from doconv_convert.errors import UsageError
 from doconv_convert.rewrite.discover import Discovery, discover
 from doconv_convert.rewrite.levers import OWN_LOSS, measure_levers
+from doconv_convert.rewrite.linear.merge import find_in_model
 from doconv_convert.rewrite.options import Options
 from doconv_convert.rewrite.sites import Action, Site, decide
+from doconv_convert.words import counted
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,15 @@ class PlanRow:
 class Plan:
     """What `to_doconv` would do. `not_looked_into` names modules whose own forward could neither be traced nor
     was run: a functional convolution in there would be missed (its layers are not). `levers_of` says of what gradient
-    the rows' levers are, None where there are none."""
+    the rows' levers are, None where there are none. `linear_regions` are branches that `fold(merge="branches")` would
+    make one convolution each of, with `region_convolutions` in them now."""
 
     model: str
     rows: list[PlanRow]
     not_looked_into: list[str]
     levers_of: str | None = None
+    linear_regions: int = 0
+    region_convolutions: int = 0
 
     @property
     def median_lever(self) -> float | None:
@@ -80,6 +85,16 @@ class Plan:
         more = {"added_parameters": self.added_parameters, "counts": self.counts(), "median_lever": self.median_lever}
         return {**asdict(self), **more}
 
+    @property
+    def note_on_regions(self) -> tuple[str, ...]:
+        """A sentence on the linear regions, where there are some."""
+        if not self.linear_regions:
+            return ()
+        found = (
+            f"{counted(self.linear_regions, 'linear region')} with {counted(self.region_convolutions, 'convolution')}"
+        )
+        return (f'{found}: fold(merge="branches"), `fold --merge branches`, ships one convolution of each.',)
+
     def __str__(self) -> str:
         head = ["name", "kind", "kernel", "groups", "D_mul", "added", "calls", "output", "MACs", "lever", "action"]
         lines = [[_text(value) for value in _cells(row)] for row in self.rows]
@@ -93,7 +108,7 @@ class Plan:
         if self.median_lever is not None:
             table.append(f"The median lever is {self.median_lever:.2g} (of {self.levers_of}).")
         table += [f"not looked into: '{path or self.model}' (pass example_inputs)" for path in self.not_looked_into]
-        return "\n".join(table)
+        return "\n".join([*table, *self.note_on_regions])
 
 
 def plan(
@@ -128,12 +143,19 @@ def plan(
     discovery = discover(model, example_inputs)
     options = Options(d_mul, include, exclude, pointwise, max_d_params)
     decide(discovery.sites, options)
-    planned = as_plan(discovery)
+    planned = with_regions(as_plan(discovery), model)
     if loss is None:
         return planned
     if example_inputs is None:
         raise UsageError("plan: `loss` needs `example_inputs`; pass a batch of your data.")
     return planned.with_levers(measure_levers(model, example_inputs, options, loss), OWN_LOSS)
+
+
+def with_regions(planned: Plan, model: nn.Module) -> Plan:
+    """The plan with the linear regions of its model, which has no DO-Conv layers yet, counted."""
+    regions = find_in_model(model)
+    convolutions = sum(region.count("convolution") for region in regions)
+    return replace(planned, linear_regions=len(regions), region_convolutions=convolutions)
 
 
 def as_plan(discovery: Discovery) -> Plan:

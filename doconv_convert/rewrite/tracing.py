@@ -7,7 +7,7 @@ import logging
 import operator
 import random
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -26,9 +26,16 @@ logger = logging.getLogger(__name__)
 
 
 class SiteTracer(fx.Tracer):
-    """Stops at convolution layers of any class and at GraphModules, which are regions of their own."""
+    """Stops at convolution layers of any class, at GraphModules, which are regions of their own, and, where only some
+    modules are to be `entered` (by their ids), at all others."""
+
+    def __init__(self, entered: Set[int] | None = None) -> None:
+        super().__init__()
+        self.entered = entered
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if self.entered is not None and id(m) not in self.entered:
+            return True
         return isinstance(m, (_ConvNd, fx.GraphModule)) or super().is_leaf_module(m, module_qualified_name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -117,11 +124,12 @@ def _has_own_forward(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) or not type(module).__module__.startswith("torch.nn.")
 
 
-def trace(module: nn.Module, training: bool) -> fx.GraphModule | None:
-    """One symbolic trace of `module` in the given mode, or None where fx cannot follow it."""
+def trace(module: nn.Module, training: bool, entered: Set[int] | None = None) -> fx.GraphModule | None:
+    """One symbolic trace of `module` in the given mode (`entered` as `SiteTracer` has it), or None where fx cannot
+    follow it."""
     if "forward" in module.__dict__:
         return None  # fx would follow the forward of the class instead
-    tracer, writes = SiteTracer(), Writes(module)
+    tracer, writes = SiteTracer(entered), Writes(module)
     with undisturbed(module):
         for child in module.modules():
             child.training = training

@@ -22,7 +22,7 @@ from doconv_convert.rewrite.foreign.authors import authors_sites
 from doconv_convert.rewrite.foreign.resume import Continued, continue_foreign
 from doconv_convert.rewrite.levers import RANDOM_DIRECTION, measure_levers
 from doconv_convert.rewrite.options import Options
-from doconv_convert.rewrite.plan import Plan, as_plan
+from doconv_convert.rewrite.plan import Plan, as_plan, with_regions
 from doconv_convert.rewrite.sites import decide
 
 
@@ -88,6 +88,7 @@ def convert_source(request: ConvertRequest, *, progress: Callable[[str], None] =
     planned = _plan(original, example, request.options, levers=dry) if foreign is None else foreign.plan
     expected = cost(planned, original, batch=request.batch, measured_batch=samples)
     notes = opened.notes if foreign is None else (*opened.notes, *foreign.told())
+    notes = (*notes, *planned.note_on_regions)
     same = ""
     if request.out is not None:
         progress("comparing with the original")
@@ -104,7 +105,7 @@ def convert_source(request: ConvertRequest, *, progress: Callable[[str], None] =
 def _plan(model: Any, example: Any, options: Options, *, levers: bool) -> Plan:
     discovery = discover(model, example)
     decide(discovery.sites, options)
-    planned = as_plan(discovery)
+    planned = with_regions(as_plan(discovery), model)
     if not levers or not any(row.d_mul is not None for row in planned.rows):
         return planned
     return planned.with_levers(measure_levers(model, example, options), RANDOM_DIRECTION)

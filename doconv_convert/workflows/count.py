@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from doconv_convert.check.confined import SECONDS, Confined, confined
 from doconv_convert.check.macs.figures import compare_counts
 from doconv_convert.check.macs.files import count_file, dims_of_file
+from doconv_convert.check.macs.regions import RegionLeft, regions_left
 from doconv_convert.check.macs.result import MacCount
 from doconv_convert.errors import UsageError
 from doconv_convert.files import scratch_folder
@@ -30,6 +31,7 @@ class CountRequest:
     model: str
     against: str | None = None
     most: int | None = None
+    max_regions: int | None = None
     dims: Mapping[str, int] = field(default_factory=dict)
     ignore: Sequence[str] = ()
     model_args: Mapping[str, Any] = field(default_factory=dict)
@@ -47,6 +49,12 @@ class CountResult:
     count: MacCount
     differences: tuple[str, ...] = ()
     unconfirmed: tuple[str, ...] = ()
+    regions: tuple[RegionLeft, ...] = ()
+
+    @property
+    def few_regions(self) -> bool:
+        """Whether no more linear regions are left than asked for; True where nothing was asked."""
+        return self.request.max_regions is None or len(self.regions) <= self.request.max_regions
 
     @property
     def within(self) -> bool:
@@ -61,7 +69,7 @@ class CountResult:
 
     @property
     def failed(self) -> bool:
-        return not (self.within and self.equal)
+        return not (self.within and self.equal and self.few_regions)
 
     def to_json(self) -> dict[str, Any]:
         asked, count = self.request, self.count
@@ -75,6 +83,10 @@ class CountResult:
             "claimed": count.claimed,
             "inputs": count.inputs,
         }
+        if self.regions or asked.max_regions is not None:
+            document["linear_regions"] = [asdict(region) for region in self.regions]
+        if asked.max_regions is not None:
+            document |= {"max_regions": asked.max_regions, "few_regions": self.few_regions}
         if asked.most is not None:
             document |= {"max": asked.most, "within": self.within}
         if asked.against is not None:
@@ -100,7 +112,16 @@ def count_models(request: CountRequest) -> CountResult:
         counts = [_count(process, model, known.get(model), request) for model in models]
     differences = compare_counts(counts[1], counts[0]) if request.against is not None else ()
     claimed = () if request.allow_assumed else tuple(dict.fromkeys(name for one in counts for name in one.claimed))
-    return CountResult(request, counts[0], tuple(differences), claimed)
+    regions = _regions(request, counts[0], known.get(request.model))
+    return CountResult(request, counts[0], tuple(differences), claimed, regions)
+
+
+def _regions(request: CountRequest, count: MacCount, dims: Sequence[str] | None) -> tuple[RegionLeft, ...]:
+    """Those of a file; a SOURCE's are told by its plan."""
+    if dims is None:
+        return ()
+    bound = {name: size for name, size in request.dims.items() if name in dims}
+    return regions_left(Path(request.model), count, bound, request.ignore, required=request.max_regions is not None)
 
 
 def _count(process: Confined | None, model: str, dims: Sequence[str] | None, request: CountRequest) -> MacCount:

@@ -24,6 +24,7 @@ from doconv_convert.check.outputs.expected import ReferenceRun
 from doconv_convert.check.torch_runs.memory import has_twin, is_large, release_weights, restore_weights
 from doconv_convert.check.torch_runs.reference_run import further_runs, reference_run, resized_reference_run
 from doconv_convert.check.twin.status import TOO_LARGE, Twin
+from doconv_convert.rewrite.linear.steps import Merge
 from doconv_convert.workflows.trained_model import TrainedCheckpoint, fold_trained, load_again
 
 Sides = tuple[ReferenceRun, ReferenceRun | None]
@@ -52,6 +53,7 @@ def export_job(
         options=trained.options,
         selection=trained.checkpoint.selection,
         constant_kernels=trained.constant_kernels,
+        merge=trained.merge,
     )
 
 
@@ -111,8 +113,10 @@ def export_and_run(
     def run(batch: int) -> Sides | None:
         if len(jobs) == 1:
             return None
-        constant = loaded.constant_kernels
-        return reference_runs(trained, folded, inputs, batch, flags, device, constant_kernels=constant, spend=large)
+        constant, merge = loaded.constant_kernels, loaded.merge
+        return reference_runs(
+            trained, folded, inputs, batch, flags, device, constant_kernels=constant, merge=merge, spend=large
+        )
 
     def read_folded() -> None:
         restore_weights(folded, fold_trained(load_again(loaded), inplace=True).model)
@@ -160,6 +164,7 @@ def reference_runs(
     device: torch.device | None = None,
     *,
     constant_kernels: bool = False,
+    merge: Merge = "none",
     spend: bool = False,
 ) -> Sides:
     """Torch's part of the proof, and the same at other sizes where `flags` ask for dynamic ones. With `spend` the
@@ -168,10 +173,12 @@ def reference_runs(
     # the other sizes first: they need the trained model too
     dynamic, constant = flags.dynamic or {}, constant_kernels
     resized = resized_reference_run(
-        trained, folded, inputs, batch, dynamic, flags.input_names, device, constant_kernels=constant
+        trained, folded, inputs, batch, dynamic, flags.input_names, device, constant_kernels=constant, merge=merge
     )
     arguments = inputs.arguments(batch)
-    reference = reference_run(trained, folded, arguments, batch, device, constant_kernels=constant, spend=spend)
+    reference = reference_run(
+        trained, folded, arguments, batch, device, constant_kernels=constant, merge=merge, spend=spend
+    )
     chunks = inputs.further(batch, filled=batch == inputs.export_batch)
     further = further_runs(folded, ((more.arguments(size), size) for more, size in chunks), device)
     return replace(reference, further=further, compared=inputs.describe(batch)), resized

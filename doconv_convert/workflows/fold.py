@@ -33,7 +33,13 @@ from doconv_convert.errors import UsageError
 from doconv_convert.files import check_writable, temporary_beside, workspace_beside
 from doconv_convert.workflows.exports import export_and_run, export_job, threads_beside, twin_of, write_inputs
 from doconv_convert.workflows.fold_request import FoldRequest
-from doconv_convert.workflows.fold_result import FoldResult, describe_layers, fold_status, notes_on_fold
+from doconv_convert.workflows.fold_result import (
+    FoldResult,
+    describe_layers,
+    fold_status,
+    merged_facts,
+    notes_on_fold,
+)
 from doconv_convert.workflows.trained_model import TrainedCheckpoint, fold_trained, load_trained
 
 Progress = Callable[[str], None]
@@ -55,7 +61,9 @@ def fold_checkpoint(
     if request.kernels:
         raise UsageError("`kernels` is for foreign layers folded without a model; with `model` the model tells.")
     source = None if request.model is None else parse_source(request.model, request.model_args)
-    loaded = load_trained(request.checkpoint, source, request.options, request.selection, request.constant_kernels)
+    loaded = load_trained(
+        request.checkpoint, source, request.options, request.selection, request.constant_kernels, request.merge
+    )
     inputs = None
     if request.onnx is not None:
         inputs = find_inputs(SourceModel(loaded.trained, loaded.source), request.input_shapes, request.input_file)
@@ -109,16 +117,20 @@ def fold_and_prove(
     sites = recipe_sites(loaded.trained)
     with threads_beside(len(waiting)):
         folded = fold_trained(loaded, inplace=onnx is None and not layers)
+        # with the branches that the original has; its export is what the merged one is held against
+        whole = fold_trained(loaded, merge="none") if folded.merged and (onnx is not None or layers) else folded
     status = fold_status(sites, folded)
-    # a network whose foreign layers became plain ones is no longer what its source draws
-    plain_source = None if folded.by_graph else loaded.source
+    merged = merged_facts(loaded.merge, folded)
+    # a network whose foreign layers became plain ones, or regions one, is no longer what its source draws
+    plain_source = None if folded.by_graph or folded.merged else loaded.source
     result = FoldResult(
         (*folded.folded, *folded.by_graph),
         notes_on_fold(loaded, folded, sites),
         source=loaded.source,
         model=folded.model,
         verified=verify,
-        layers=describe_layers(loaded.trained, folded, inputs) if layers else None,
+        merged=merged,
+        layers=describe_layers(loaded.trained, whole, inputs) if layers else None,
     )
     if onnx is None or inputs is None:
         if plain is not None:
@@ -126,15 +138,18 @@ def fold_and_prove(
         return replace(result, written=() if plain is None else (plain,))
     beside = 0 if is_large(loaded.trained) else 2 if verify else 1
     with workspace_beside(onnx) as folder, threads_beside(beside):
-        state = folder / "plain.safetensors"
-        save(folded.model, state, source=plain_source)
+        state, plain_state = folder / "original.safetensors", folder / "plain.safetensors"
+        save(whole.model, state, source=None if folded.by_graph else loaded.source)
+        whole = folded  # a large one's memory is wanted below
+        if plain is not None:
+            save(folded.model, plain_state, source=plain_source)
         candidate, baseline = folder / onnx.name, folder / f"baseline-{onnx.name}"
         sample = folder / "inputs.npz"
         write_inputs(sample, inputs.tensors(inputs.export_batch))
         flags = flags or Flags()
         jobs = [export_job(loaded.source, state, sample, candidate, flags, inputs, loaded)]
         if verify:
-            in_float64 = folder / "twin.onnx" if has_twin(folded.model) else None
+            in_float64 = folder / "twin.onnx" if has_twin(folded.model) and merged is None else None
             job = export_job(loaded.source, state, sample, baseline, flags, inputs, twin=in_float64)
             jobs.append(replace(job, fold_foreign=bool(folded.by_graph), constant_kernels=loaded.constant_kernels))
         progress("exporting")
@@ -142,7 +157,7 @@ def fold_and_prove(
         progress("proving")
         if sides:
             twin = twin_of(jobs[1], reports[1])
-            proof = prove(candidate, baseline, sides[0], status, sides[1], min_coverage, twin=twin)
+            proof = prove(candidate, baseline, sides[0], status, sides[1], min_coverage, merged, twin=twin)
         else:
             proof = Proof(str(onnx), [status])
         proof.file = str(onnx)
@@ -151,9 +166,10 @@ def fold_and_prove(
             return result
         made: list[Path] = []
         if certify and sides and proof.count is not None:
-            origin = Origin(Path(loaded.checkpoint.path), loaded.source, reports[0].opset, reports[0].exporter)
+            export = reports[0]
+            origin = Origin(Path(loaded.checkpoint.path), loaded.source, export.opset, export.exporter, merged)
             made = write_certificate(candidate, proof, sides[0], origin)  # of the bytes that were proven
-        install_proven(candidate, onnx, made, (state, plain))
+        install_proven(candidate, onnx, made, (plain_state, plain))
     certificate = certificate_path(onnx) if made else None
     written = (plain, onnx, certificate)
     return replace(result, certificate=certificate, written=tuple(path for path in written if path is not None))

@@ -10,6 +10,7 @@ from typing import Any
 from doconv_convert.artifacts.checkpoints.unwrap import Selection
 from doconv_convert.artifacts.export.job import Flags
 from doconv_convert.errors import UsageError
+from doconv_convert.rewrite.linear.steps import Merge
 from doconv_convert.rewrite.options import Options
 
 
@@ -26,6 +27,7 @@ class FoldRequest:
     selection: Selection = field(default_factory=Selection)
     kernels: Sequence[str] = ()
     constant_kernels: bool = False
+    merge: Merge = "none"
     input_shapes: Sequence[str] = ()
     input_file: Path | None = None
     flags: Flags = field(default_factory=Flags)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,13 @@ from doconv_convert.artifacts.checkpoints.recipe import RecipeSite
 from doconv_convert.artifacts.export.exporter import ExportReport
 from doconv_convert.artifacts.sources.inputs import Inputs
 from doconv_convert.artifacts.sources.source import Source
+from doconv_convert.check.merged import Merged, value_hash
 from doconv_convert.check.status import Proof, Status
-from doconv_convert.rewrite.fold import FoldReport
+from doconv_convert.rewrite.fold import FoldReport, merge_notes
 from doconv_convert.rewrite.fold_kernels import FOLD_TOLERANCE
 from doconv_convert.rewrite.layer_stats import Layer, trained_layers
+from doconv_convert.rewrite.linear.region_check import REGION_TOLERANCE
+from doconv_convert.rewrite.linear.steps import Merge
 from doconv_convert.words import counted, visible
 from doconv_convert.workflows.trained_model import TrainedCheckpoint
 
@@ -27,7 +30,7 @@ class FoldResult:
 
     `source` and `model`, the plain one, are None where no model was needed; `export`, `proof` and `certificate` where
     no ONNX file was asked for. The proof is not to be relied on without `verified`. `layers`, where they were asked
-    for, are the model's convolutions and how training moved them.
+    for, are the model's convolutions and how training moved them; `merged`, what was merged and left.
     """
 
     folded: tuple[str, ...]
@@ -40,6 +43,7 @@ class FoldResult:
     verified: bool = True
     certificate: Path | None = None
     layers: list[Layer] | None = None
+    merged: Merged | None = None
 
     def _repr_html_(self) -> str:
         """As a notebook shows it."""
@@ -63,6 +67,7 @@ class FoldResult:
             "proven": self.proven,
             "written": [str(path) for path in self.written],
             "certificate": None if self.certificate is None else str(self.certificate),
+            **({} if self.merged is None else {"merged": self.merged.to_json()}),
             "layers": None if self.layers is None else [asdict(layer) for layer in self.layers],
         }
 
@@ -80,7 +85,7 @@ def fold_status(sites: Sequence[RecipeSite], folded: FoldReport) -> Status:
     trained model's (`recipe_sites`)."""
     without_d = sum(site.d_mul is None for site in sites)
     if not folded.folded and not folded.by_graph and not without_d:
-        return Status("fold", "passed", "nothing to fold: a plain checkpoint")
+        return Status("fold", "passed", _with_merged("nothing to fold: a plain checkpoint", folded))
     others = f" ({without_d} more have no D)" if without_d else ""
     detail = (
         f"{counted(len(folded.folded), 'kernel')}{others}; kernel and feature composition agree in float64 to "
@@ -98,13 +103,41 @@ def fold_status(sites: Sequence[RecipeSite], folded: FoldReport) -> Status:
         )
     rest = [name for name in folded.folded if name not in exact]
     findings = tuple(f"'{name}' is held to that tolerance alone" for name in rest) if exact else ()
-    return Status("fold", "passed", detail, findings)
+    return Status("fold", "passed", _with_merged(detail, folded), findings)
+
+
+def _with_merged(detail: str, folded: FoldReport) -> str:
+    if not folded.merged:
+        return detail
+    worst = max(region.error for region in folded.merged)
+    return (
+        f"{detail}; {counted(len(folded.merged), 'linear region')} merged, each equal to its own forward in float64 at "
+        f"several sizes, borders included (at most {worst:.1e}, allowed {REGION_TOLERANCE:.0e})"
+    )
+
+
+def merged_facts(merge: Merge, folded: FoldReport) -> Merged | None:
+    """What was merged, as the checks and the certificate take it; None where it was not asked for."""
+    if merge == "none":
+        return None
+    values = set()
+    for region in folded.merged:
+        values |= {value_hash(p.detach().cpu().numpy()) for p in folded.model.get_submodule(region.name).parameters()}
+    regions, left = [asdict(one) for one in folded.merged], [asdict(one) for one in folded.left]
+    return Merged(merge, without_tuples(regions), without_tuples(left), frozenset(values))
+
+
+def without_tuples(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: without_tuples(one) for key, one in value.items()}
+    return [without_tuples(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def notes_on_fold(loaded: TrainedCheckpoint, folded: FoldReport, sites: Sequence[RecipeSite]) -> tuple[str, ...]:
     notes = [*loaded.checkpoint.notes, *folded.notes]
-    if not sites and not loaded.checkpoint.units and not folded.by_graph:
+    if not sites and not loaded.checkpoint.units and not folded.by_graph and not folded.merged:
         notes.append(f"'{loaded.checkpoint.path}' has no D: a plain checkpoint, nothing to fold")
+    notes += merge_notes(folded, loaded.merge)
     return (*notes, *notes_on_export(loaded.trained, folded))
 
 

@@ -17,6 +17,7 @@ from doconv_convert.artifacts.sources.unsaved import require_reproducible
 from doconv_convert.errors import UsageError
 from doconv_convert.rewrite.convert import copy_model
 from doconv_convert.rewrite.fold import FoldReport, fold_in_place
+from doconv_convert.rewrite.linear.steps import Merge
 from doconv_convert.rewrite.options import Options
 from doconv_convert.rewrite.tracing import set_eval_mode
 
@@ -30,6 +31,7 @@ class TrainedCheckpoint:
     trained: nn.Module
     options: Options
     constant_kernels: bool = False
+    merge: Merge = "none"
 
 
 def load_trained(
@@ -38,6 +40,7 @@ def load_trained(
     options: Options,
     selection: Selection | None = None,
     constant_kernels: bool = False,
+    merge: Merge = "none",
 ) -> TrainedCheckpoint:
     """Read a checkpoint of ours, or any state dict of `source`'s model, foreign DO-Conv layers included.
     Raises DoconvError."""
@@ -54,19 +57,20 @@ def load_trained(
     trained = set_eval_mode(load_into(model, checkpoint, options))
     # the file's own tensors are the model's now; kept, they would be a second copy of the weights
     checkpoint = replace(checkpoint, state={}, notes=(*checkpoint.notes, *notes_on(source, model)))
-    return TrainedCheckpoint(checkpoint, source, trained, options, constant_kernels)
+    return TrainedCheckpoint(checkpoint, source, trained, options, constant_kernels, merge)
 
 
 def load_again(loaded: TrainedCheckpoint) -> TrainedCheckpoint:
     """The same, read from its file once more."""
     path, selection = Path(loaded.checkpoint.path), loaded.checkpoint.selection
-    return load_trained(path, loaded.source, loaded.options, selection, loaded.constant_kernels)
+    return load_trained(path, loaded.source, loaded.options, selection, loaded.constant_kernels, loaded.merge)
 
 
-def fold_trained(loaded: TrainedCheckpoint, *, inplace: bool = False) -> FoldReport:
-    """Fold a copy of the trained model, or it."""
+def fold_trained(loaded: TrainedCheckpoint, *, inplace: bool = False, merge: Merge | None = None) -> FoldReport:
+    """Fold a copy of the trained model, or it; `merge` in place of the checkpoint's own."""
     model = loaded.trained if inplace else copy_model(loaded.trained)
-    return fold_in_place(model, constant_kernels=loaded.constant_kernels, check_first=False)
+    merge = loaded.merge if merge is None else merge
+    return fold_in_place(model, constant_kernels=loaded.constant_kernels, check_first=False, merge=merge)
 
 
 def _no_source(path: Path) -> Source:

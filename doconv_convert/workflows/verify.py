@@ -14,6 +14,7 @@ from doconv_convert.check.outputs.compare import Array
 from doconv_convert.check.status import Proof, Status
 from doconv_convert.errors import UsageError
 from doconv_convert.files import require_file, scratch_folder
+from doconv_convert.rewrite.linear.steps import Merge
 from doconv_convert.rewrite.options import Options
 from doconv_convert.workflows.onnx_pair import compare_pair
 
@@ -39,6 +40,7 @@ class Reference:
     selection: Selection = field(default_factory=Selection)
     flags: Flags = field(default_factory=Flags)
     constant_kernels: bool = False
+    merge: Merge = "none"
     input_shapes: Sequence[str] = ()
     input_file: Path | None = None
     device: str = "cpu"
@@ -60,6 +62,7 @@ def verify(
     ema: bool = False,
     prefix: str = "",
     constant_kernels: bool = False,
+    merge: Merge = "none",
     input_shapes: Sequence[str] = (),
     input_file: str | Path | None = None,
     opset: int | None = None,
@@ -83,6 +86,7 @@ def verify(
         include, exclude: globs of the conversion, where layers were left out of it.
         ema, prefix: take the averaged weights; only the keys under `prefix`.
         constant_kernels: Conv subclasses and parametrized kernels were folded too.
+        merge: which linear regions were merged (`fold`).
         input_shapes, input_file: shapes as in "1,3,224,224", or a file of samples.
         opset, input_names, output_names, dynamic_batch, dynamic: how the file was exported (`export_onnx`).
         device: where torch runs, "cpu" or "cuda".
@@ -112,6 +116,7 @@ def verify(
         Selection(ema, prefix),
         Flags(opset, input_names, output_names, dynamic_batch, dynamic),
         constant_kernels,
+        merge,
         input_shapes,
         samples,
         device,
@@ -139,41 +144,51 @@ def _against_torch(candidate: Path, reference: Reference, progress: Progress) ->
     from doconv_convert.rewrite.fold import fold_in_place
     from doconv_convert.rewrite.tracing import set_eval_mode
     from doconv_convert.workflows.exports import export_baseline, is_dynamic, reference_runs
-    from doconv_convert.workflows.fold_result import describe_layers, fold_status
+    from doconv_convert.workflows.fold_result import describe_layers, fold_status, merged_facts
     from doconv_convert.workflows.rehearsal.randomize import use_every_parameter
 
-    device, constant = find_device(reference.device), reference.constant_kernels
+    device, constant, merge = find_device(reference.device), reference.constant_kernels, reference.merge
     opened, has_weights = _open(reference)
     inputs = find_inputs(opened, reference.input_shapes, reference.input_file)
     if inputs is None:
         raise UsageError(f"'{reference.against}': its input is not known; give it with `input_shapes` 1,3,224,224.")
+    if not has_weights and merge != "none":
+        raise UsageError(
+            f"'{reference.against}': what `merge` merges depends on the weights; give them with `weights`."
+        )
     if not has_weights:
         use_every_parameter(opened.model, inputs)
     progress("folding")
-    report = fold_in_place(copy_model(opened.model), constant_kernels=constant, check_first=False)
-    folded, by_graph = set_eval_mode(report.model), bool(report.by_graph)
-    layers = describe_layers(opened.model, report, inputs) if reference.layers and has_weights else None
+    whole = report = fold_in_place(copy_model(opened.model), constant_kernels=constant, check_first=False)
+    if merge != "none":
+        copied = copy_model(opened.model)
+        report = fold_in_place(copied, constant_kernels=constant, check_first=False, merge=merge)
+    folded, merged = set_eval_mode(report.model), merged_facts(merge, report)
+    layers = describe_layers(opened.model, whole, inputs) if reference.layers and has_weights else None
     flags = reference.flags
     with scratch_folder() as folder:
         progress("exporting the original")
         baseline, twin = export_baseline(
             folder,
             opened.source,
-            folded,
+            set_eval_mode(whole.model),
             inputs,
             reference.flags,
-            fold_foreign=by_graph,
+            fold_foreign=bool(whole.by_graph),
             constant_kernels=constant,
-            with_twin=has_weights,
+            with_twin=has_weights and merge == "none",
         )
         if not has_weights:
             return _without_weights(candidate, baseline, [t.numpy() for t in inputs.tensors(inputs.export_batch)])
         progress("running both")
         batch = inputs.proof_batch if is_dynamic(baseline) else inputs.export_batch
-        side, resized = reference_runs(opened.model, folded, inputs, batch, flags, device, constant_kernels=constant)
+        side, resized = reference_runs(
+            opened.model, folded, inputs, batch, flags, device, constant_kernels=constant, merge=merge
+        )
         status = fold_status(recipe_sites(opened.model), report)
         timeout = reference.timeout or _SECONDS
-        proof = prove(candidate, baseline, side, status, resized, reference.min_coverage, timeout=timeout, twin=twin)
+        least = reference.min_coverage
+        proof = prove(candidate, baseline, side, status, resized, least, merged, timeout=timeout, twin=twin)
     proof.layers = layers
     return proof
 

@@ -130,7 +130,8 @@ def _model(job: ExportJob) -> nn.Module:
     from doconv_convert.rewrite.fold import fold_in_place
 
     def fold(model: nn.Module) -> nn.Module:
-        return fold_in_place(model, constant_kernels=job.constant_kernels, check_first=False).model
+        constant = job.constant_kernels
+        return fold_in_place(model, constant_kernels=constant, check_first=False, merge=job.merge).model
 
     model = build(job.source)
     if job.checkpoint is None:

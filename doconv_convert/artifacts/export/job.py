@@ -10,6 +10,7 @@ from typing import Any
 
 from doconv_convert.artifacts.checkpoints.unwrap import Selection
 from doconv_convert.artifacts.sources.source import Source
+from doconv_convert.rewrite.linear.steps import Merge
 from doconv_convert.rewrite.options import Options
 
 _PATHS = ("state_file", "inputs_file", "path", "checkpoint", "twin")
@@ -31,8 +32,8 @@ class ExportJob:
     """What a child needs: `source` draws the network, `state_file` (of `save`) is its whole plain state dict.
 
     With `checkpoint` the child loads that trained file instead, as `load_into` does with `options`, and folds it
-    itself: its export then owes nothing to the parent's fold. Where other people's layers are folded by graph,
-    `fold_foreign` does so to the fresh network before `state_file` is loaded.
+    itself, merging regions as `merge` says: its export then owes nothing to the parent's fold. Where other people's
+    layers are folded by graph, `fold_foreign` does so to the fresh network before `state_file` is loaded.
 
     `inputs_file` is an .npz with the arrays 'input_0', 'input_1', ...: forward's positional arguments, or
     with `image_list` the images of the one list that it takes. `twin` is where the network in float64 goes.
@@ -51,6 +52,7 @@ class ExportJob:
     fold_foreign: bool = False
     constant_kernels: bool = False
     twin: Path | None = None
+    merge: Merge = "none"
 
     def with_flags(self, **changes: Any) -> ExportJob:
         """The same job with other flags."""

@@ -17,6 +17,7 @@ from doconv_convert.check.certificate.attestation import statement
 from doconv_convert.check.certificate.reading import FORMAT, VERSION, digest, read_certificate, rendered
 from doconv_convert.check.certificate.side_file import describe_inputs, describe_outputs, write_reference
 from doconv_convert.check.macs.result import MacCount
+from doconv_convert.check.merged import Merged
 from doconv_convert.check.onnx_files.external_data import external_files
 from doconv_convert.check.onnx_files.model import onnx_input_shapes
 from doconv_convert.check.outputs.expected import ReferenceRun
@@ -34,13 +35,14 @@ SCHEMA = Path(__file__).with_name("certificate.schema.json")
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a file comes from: the trained checkpoint (a file or a folder), its network (None: a model in memory), and
-    how it was exported."""
+    """Where a file comes from: the trained checkpoint (a file or a folder), its network (None: a model in memory), how
+    it was exported, and the linear regions that were merged."""
 
     checkpoint: Path
     source: Source | None
     opset: int
     exporter: str
+    merged: Merged | None = None
 
 
 def certificate_path(onnx: Path) -> Path:
@@ -124,6 +126,7 @@ def _content(onnx: Path, proof: Proof, count: MacCount, reference: ReferenceRun,
                 **({"loose": sorted(proof.loose)} if proof.loose else {}),
             },
             "coverage": dict(proof.sensitivity),
+            **({} if origin.merged is None else {"merged": origin.merged.to_json()}),
         }
     )
     return content

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from doconv_convert.artifacts.checkpoints.recipe import recipe_sites
 from doconv_convert.artifacts.sources.inputs import Inputs, InputSpec, forward_names
 from doconv_convert.check.outputs.compare import COVERED_ABOVE, TWIN_BOUND, bound_for, relative_error
 from doconv_convert.check.outputs.detections import detection_groups, in_order_of
@@ -33,13 +32,12 @@ from doconv_convert.check.torch_runs.float64 import (
     run_inputs,
     widened,
 )
+from doconv_convert.check.torch_runs.kernels import float32_kernels, kernel_paths
 from doconv_convert.check.torch_runs.memory import has_twin, release_weights, return_freed
 from doconv_convert.check.torch_runs.same_function import run_in_float64
 from doconv_convert.errors import DoconvError, UsageError
-from doconv_convert.rewrite.discover import discover
-from doconv_convert.rewrite.foreign.authors import authors_sites
+from doconv_convert.rewrite.linear.steps import Merge
 from doconv_convert.rewrite.observe import run_model
-from doconv_convert.rewrite.sites import site_name
 from doconv_convert.rewrite.tracing import set_eval_mode
 
 _CPU = torch.device("cpu")
@@ -59,17 +57,18 @@ def reference_run(
     device: torch.device = _CPU,
     *,
     constant_kernels: bool = False,
+    merge: Merge = "none",
     spend: bool = False,
 ) -> ReferenceRun:
     """Run both models on the same inputs (a tuple of positional arguments), in eval mode on the device.
 
-    `trained` is the unfolded model, `folded` the plain one that `fold` made of it, with `constant_kernels` or without.
-    A half-precision model is judged in float32 arithmetic on its own rounded weights, as it is exported; its truth
-    takes the kernels as the fold rounded them. With `spend` the trained model gives its values up as soon as its
-    outputs are known.
+    `trained` is the unfolded model, `folded` the plain one that `fold` made of it, with `constant_kernels` or without,
+    and `merge`. A half-precision model is judged in float32 arithmetic on its own rounded weights, as it is exported;
+    its truth takes the kernels as the fold rounded them. With `spend` the trained model gives its values up as soon as
+    its outputs are known.
     """
     models = trained.to(device), set_eval_mode(folded).to(device)
-    runs = _run_both(*models, to_device(inputs, device), samples, constant_kernels, spend)
+    runs = _run_both(*models, to_device(inputs, device), samples, constant_kernels, merge, spend)
     if runs.random:
         return runs.reference()
     with full_precision():
@@ -103,6 +102,7 @@ def resized_reference_run(
     device: torch.device = _CPU,
     *,
     constant_kernels: bool = False,
+    merge: Merge = "none",
 ) -> ReferenceRun | None:
     """As `reference_run`, without the kernels' sensitivity, at another size of every dimension in `dynamic` (the ONNX
     inputs are called `names`); None where only the batch is dynamic. Raises UsageError where the model does not run.
@@ -117,7 +117,7 @@ def resized_reference_run(
             with torch.no_grad():
                 arguments = to_device(inputs.resized(sizes).arguments(samples), device)
                 models = trained.to(device), set_eval_mode(folded).to(device)
-                return _run_both(*models, arguments, samples, constant_kernels, exact=False).reference()
+                return _run_both(*models, arguments, samples, constant_kernels, merge, exact=False).reference()
         except DoconvError as error:
             refused = error
     asked = ", ".join(sorted({dimension for axes in dynamic.values() for dimension in axes.values()}))
@@ -187,15 +187,18 @@ def _run_both(
     inputs: Any,
     samples: int,
     constant_kernels: bool,
+    merge: Merge,
     spend: bool = False,
     *,
     exact: bool = True,
 ) -> _Runs:
     half = any(p.dtype in (torch.float16, torch.bfloat16) for p in trained.parameters())
     narrow = tree_map(_to_float32, inputs)
-    paths = _kernel_paths(folded, trained)
+    paths = kernel_paths(folded, trained)
     try:
-        truth, fold = run_in_float64(trained, folded, inputs, constant_kernels=constant_kernels, spend=spend)
+        truth, fold = run_in_float64(
+            trained, folded, inputs, constant_kernels=constant_kernels, merge=merge, spend=spend
+        )
     except DoconvError:
         with full_precision(), torch.no_grad():
             run_inputs(folded.float(), narrow)  # inputs that the model does not run on at all are the better reason
@@ -203,7 +206,7 @@ def _run_both(
     if spend:
         release_weights(trained)
     return_freed()
-    kernels = _float32_kernels(folded, paths)
+    kernels = float32_kernels(folded, paths)
     shipped: Sequence[Tensor] = run_float64(folded, narrow) if exact and has_twin(folded) else ()
     if half:
         truth = list(shipped) or run_float64(folded, narrow)
@@ -271,27 +274,6 @@ def _in_float64(folded: nn.Module, runs: _Runs, kernels: Mapping[str, Tensor]) -
         found = measure_sensitivity(outputs, scales, kernels)
         return {name: value or 0.0 for name, value in found.items()}
     return {}
-
-
-def _kernel_paths(folded: nn.Module, trained: nn.Module) -> list[tuple[str, str]]:
-    """(module, parameter) of every folded kernel; of a plain model, of all its convolutions'."""
-    sites = [(site.owner, site.kernel) for site in recipe_sites(trained)]
-    sites += [(site.path, site.kernel) for site in authors_sites(trained)]
-    if not sites:
-        plain = [site for site in discover(folded).sites if site.parameter is not None]
-        sites = [(site.owners[0].path, site.owners[0].kernel) for site in plain]
-    return sites
-
-
-def _float32_kernels(folded: nn.Module, paths: Sequence[tuple[str, str]]) -> Mapping[str, Tensor]:
-    """The folded kernels, as leaves that take gradients; the folded model becomes float32 in place."""
-    folded.float().requires_grad_(False)
-    kernels: dict[str, Tensor] = {}
-    for owner, name in paths:
-        kernel = folded.get_submodule(owner)._parameters[name]
-        if kernel is not None and not any(kernel is known for known in kernels.values()):
-            kernels[site_name(owner, name)] = kernel.requires_grad_(True)
-    return kernels
 
 
 def _to_float32(value: Any) -> Any:

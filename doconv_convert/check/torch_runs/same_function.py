@@ -23,6 +23,7 @@ from doconv_convert.check.torch_runs.float64 import Runs, float64_runs, output_t
 from doconv_convert.nn.cached import precomposed
 from doconv_convert.rewrite.convert import copy_model
 from doconv_convert.rewrite.fold import fold_in_place
+from doconv_convert.rewrite.linear.steps import Merge
 from doconv_convert.rewrite.observe import run_model
 from doconv_convert.rewrite.tracing import set_eval_mode, undisturbed
 from doconv_convert.words import listed
@@ -36,7 +37,13 @@ _SHOWN = 5
 
 
 def run_in_float64(
-    trained: nn.Module, folded: nn.Module, inputs: Any, *, constant_kernels: bool = False, spend: bool = False
+    trained: nn.Module,
+    folded: nn.Module,
+    inputs: Any,
+    *,
+    constant_kernels: bool = False,
+    merge: Merge = "none",
+    spend: bool = False,
 ) -> tuple[list[Tensor], FoldRun]:
     """Run `trained` and its fold, both in float64 and in eval mode, on the same inputs: the trained network's outputs,
     and what was seen of the fold.
@@ -50,7 +57,7 @@ def run_in_float64(
         wide = trained if spend else copy_model(trained)
         first, reads = _watched_run(trained, inputs)
         truth, groups = output_tensors(first.outputs[0]), detection_groups(first.outputs[0])
-        wide = fold_in_place(wide, constant_kernels=constant_kernels, check_first=False).model
+        wide = fold_in_place(wide, constant_kernels=constant_kernels, check_first=False, merge=merge).model
         findings = reads + _cast_findings(dict(_tensors(wide)), dict(_tensors(folded)), dtypes)
         # twice, without a reset between: a network may count its calls, or hold a generator of its own
         two = float64_runs(wide, inputs, runs=2)

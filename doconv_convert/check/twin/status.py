@@ -20,6 +20,7 @@ from doconv_convert.words import counted
 
 NAME = "twin"
 TOO_LARGE = "its weights are large, and in float64 they are twice that"
+MERGED = "linear regions were merged: each is held to its own forward in float64 instead"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 from doconv_convert.artifacts.sources.zoos import expand
 from doconv_convert.errors import DoconvError
 from doconv_convert.files import refused
+from doconv_convert.rewrite.linear.steps import Merge
 from doconv_convert.workflows.rehearsal.result import CANNOT_EXPORT
 
 Result = dict[str, Any]
@@ -28,6 +29,7 @@ class RehearseRequest:
     input_shapes: Sequence[str] = ()
     seed: int = 0
     export: bool = True
+    merge: Merge = "none"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -37,6 +39,7 @@ class RehearseRequest:
             "seed": self.seed,
             "export": self.export,
             "input_shapes": list(self.input_shapes),
+            **({} if self.merge == "none" else {"merge": self.merge}),
         }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,22 @@ from doconv_convert.artifacts.sources.source import Source, build, parse_source
 from doconv_convert.check.outputs.compare import COVERED_ABOVE
 from doconv_convert.check.status import Proof
 from doconv_convert.check.torch_runs.exact_start import require_same_output
-from doconv_convert.check.torch_runs.float64 import output_tensors
+from doconv_convert.check.torch_runs.float64 import output_tensors, run_float64
 from doconv_convert.check.torch_runs.memory import release_weights
+from doconv_convert.check.torch_runs.same_function import FUNCTION_TOLERANCE
 from doconv_convert.errors import DoconvError, UsageError
 from doconv_convert.files import scratch_folder
 from doconv_convert.rewrite.convert import convert, copy_model, refuse_wrapped, require_sites, same_outputs
 from doconv_convert.rewrite.discover import discover
-from doconv_convert.rewrite.fold import fold_in_place
+from doconv_convert.rewrite.fold import fold_in_place, merge_notes, require_merge
 from doconv_convert.rewrite.layer_stats import planned_layers
+from doconv_convert.rewrite.linear.steps import Merge
 from doconv_convert.rewrite.observe import run_model
 from doconv_convert.rewrite.options import Options
 from doconv_convert.rewrite.plan import as_plan
 from doconv_convert.rewrite.sites import decide
 from doconv_convert.rewrite.tracing import set_eval_mode
+from doconv_convert.words import counted
 from doconv_convert.workflows.exports import export_baseline
 from doconv_convert.workflows.fold import fold_and_prove
 from doconv_convert.workflows.rehearsal.detectors import draw_heads, rehearsal_source
@@ -63,6 +66,7 @@ def rehearse(
     seed: int = 0,
     export: bool = True,
     input_shapes: Sequence[str] = (),
+    merge: Merge = "none",
     waiting: Sequence[Child] = (),
 ) -> Rehearsal:
     """Rehearse one SOURCE: will its conversion, fold, export and proof work?
@@ -70,11 +74,13 @@ def rehearse(
     Everything runs on random weights from `seed`, randomized and calibrated. Failures are statuses, not exceptions:
     `.status` is "passed" or says which step failed, `.proven` whether the export was proven too (`export=False` stops
     after the fold). `model_args` are the builder's arguments, `input_shapes` as in `--input-shape` ("1,3,224,224") for
-    sources that do not tell. The `waiting` children, where there are some, take the exports.
+    sources that do not tell, `merge` as in `fold`. The `waiting` children, where there are some, take the exports.
     Where outputs hardly vary, or a kernel does not show in them, other weights are drawn, five times at most: each
     kernel must show with some of them.
     """
+    require_merge(merge)
     settings = {"model_args": model_args or {}, "seed": seed, "export": export, "input_shapes": [*input_shapes]}
+    settings |= {} if merge == "none" else {"merge": merge}
     draw, runs = Attempt(), list[Rehearsal]()
     while len(runs) < ATTEMPTS:
         runs.append(Rehearsal(source, settings=settings))
@@ -180,7 +186,24 @@ def _until_the_fold(rehearsal: Rehearsal, draw: Attempt) -> ConvertedModel:
             outputs, output_tensors(run_model(set_eval_mode(folded), inputs.arguments(inputs.export_batch)))
         )
         told("folded computes the same bits as unfolded; classes, keys and order are the original's")
+    merge: Merge = settings.get("merge", "none")
+    if merge != "none":
+        with step(rehearsal, "merge") as told, torch.no_grad():
+            told(_merged(copy_model(folded), merge, inputs))
     return ConvertedModel(source, seed, model, inputs)
+
+
+def _merged(folded: nn.Module, merge: Merge, inputs: Inputs) -> str:
+    """Merges and says what; raises DoconvError where the outputs are others."""
+    arguments = inputs.arguments(inputs.export_batch)
+    before = run_float64(folded, arguments)
+    report = fold_in_place(folded, check_first=False, merge=merge)
+    error = max(map(_distance, run_float64(report.model, arguments), before), default=0.0)
+    if not error <= FUNCTION_TOLERANCE:
+        raise DoconvError(f"the merged outputs differ by {error:.1e} of their scale in float64.")
+    convolutions = sum(region.convolutions for region in report.merged)
+    found = f"{convolutions} convolutions in {counted(len(report.merged), 'linear region')}, one each now"
+    return "; ".join([found, *merge_notes(report, merge)]) + f"; outputs differ by {error:.1e} in float64"
 
 
 @torch.no_grad()
@@ -225,6 +248,7 @@ def _export_and_prove(rehearsal: Rehearsal, ready: ConvertedModel, draw: Attempt
             save(ready.model, folder / "randomized.safetensors", source=ready.source)
             release_weights(ready.model)
             loaded: TrainedCheckpoint = load_trained(folder / "randomized.safetensors", ready.source, Options())
+            loaded = replace(loaded, merge=rehearsal.settings.get("merge", "none"))
         start = time.perf_counter()
         try:
             with step(rehearsal, "prove") as told:
