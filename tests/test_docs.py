@@ -27,6 +27,7 @@ SLOW = {"README", "ci", "deployment", "fine_tuning", "lightning", "report", "tim
 # A page's block says why it is not run. What has it instead:
 NO_RUN = {
     "README": ".ci/run",
+    "certificate": "tests/check/certificate/test_released.py, but for the tools of others",
     "gpu": "tests/gpu, with the device it needs",
     "timm_script": "the script below it",
     "report": "tests/cli/report/test_report.py, with two networks",
