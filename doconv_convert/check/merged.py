@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 from onnx import AttributeProto, TensorProto
 
 from doconv_convert.check.onnx_files.external_data import require_own_data
@@ -23,9 +22,6 @@ from doconv_convert.check.onnx_files.leftovers import leftover_composition
 from doconv_convert.check.onnx_files.model import read_model
 from doconv_convert.check.onnx_files.tensors import elements
 from doconv_convert.check.status import Status
-from doconv_convert.rewrite.linear.evaluate import fits_onnx
-from doconv_convert.rewrite.linear.onnx_steps import read_steps
-from doconv_convert.rewrite.linear.regions import find_regions
 from doconv_convert.rewrite.linear.steps import Found, Merge
 from doconv_convert.words import counted
 
@@ -86,6 +82,13 @@ def check_merged_graph(baseline: Path, candidate: Path, merged: Merged) -> Statu
 def regions_of(path: Path, merge: Merge) -> Found:
     """The linear regions of a file's main graph. Raises DoconvError where its weights are not its own."""
     require_own_data(path)
+    # certificates of ordinary files are checked where onnx-ir is not installed
+    import onnx_ir as ir
+
+    from doconv_convert.rewrite.linear.evaluate import fits_onnx
+    from doconv_convert.rewrite.linear.onnx_steps import read_steps
+    from doconv_convert.rewrite.linear.regions import find_regions
+
     return find_regions(read_steps(ir.load(path).graph), merge, fits_onnx)
 
 

@@ -106,7 +106,7 @@ def _show(shown: Output, result: CountResult) -> None:
 
 def _show_regions(shown: Output, result: CountResult) -> None:
     from doconv_convert.check.macs.figures import format_macs
-    from doconv_convert.check.macs.regions import wasted_macs
+    from doconv_convert.check.macs.result import wasted_macs
 
     regions, most = result.regions, result.request.max_regions
     say = shown.say if result.few_regions else shown.problem

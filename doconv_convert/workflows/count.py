@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from doconv_convert.check.confined import SECONDS, Confined, confined
 from doconv_convert.check.macs.figures import compare_counts
-from doconv_convert.check.macs.files import count_file, dims_of_file
-from doconv_convert.check.macs.regions import RegionLeft, regions_left
-from doconv_convert.check.macs.result import MacCount
+from doconv_convert.check.macs.files import count_file, dims_of_file, regions_of_file
+from doconv_convert.check.macs.result import MacCount, RegionLeft
 from doconv_convert.errors import UsageError
 from doconv_convert.files import scratch_folder
 from doconv_convert.words import listed
@@ -110,18 +109,21 @@ def count_models(request: CountRequest) -> CountResult:
                 have = listed([f"'{one}'" for one in sorted({one for names in known.values() for one in names})])
                 raise UsageError(f"`dims`: no dynamic dimension is named '{name}', the files have {have or 'none'}.")
         counts = [_count(process, model, known.get(model), request) for model in models]
+        regions = _regions(process, request, counts[0], known.get(request.model))
     differences = compare_counts(counts[1], counts[0]) if request.against is not None else ()
     claimed = () if request.allow_assumed else tuple(dict.fromkeys(name for one in counts for name in one.claimed))
-    regions = _regions(request, counts[0], known.get(request.model))
     return CountResult(request, counts[0], tuple(differences), claimed, regions)
 
 
-def _regions(request: CountRequest, count: MacCount, dims: Sequence[str] | None) -> tuple[RegionLeft, ...]:
+def _regions(
+    process: Confined | None, request: CountRequest, count: MacCount, dims: Sequence[str] | None
+) -> tuple[RegionLeft, ...]:
     """Those of a file; a SOURCE's are told by its plan."""
-    if dims is None:
+    if dims is None or process is None:
         return ()
     bound = {name: size for name, size in request.dims.items() if name in dims}
-    return regions_left(Path(request.model), count, bound, request.ignore, required=request.max_regions is not None)
+    path, required = Path(request.model), request.max_regions is not None
+    return regions_of_file(process, path, count, bound, request.ignore, request.timeout, required=required)
 
 
 def _count(process: Confined | None, model: str, dims: Sequence[str] | None, request: CountRequest) -> MacCount:

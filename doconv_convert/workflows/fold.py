@@ -18,12 +18,8 @@ from doconv_convert.artifacts.export.onnx_file import install_model
 from doconv_convert.artifacts.models import SourceModel, find_inputs
 from doconv_convert.artifacts.sources.inputs import Inputs
 from doconv_convert.artifacts.sources.source import parse_source
-from doconv_convert.check.certificate.certificate import (
-    Origin,
-    certificate_path,
-    reference_path,
-    write_certificate,
-)
+from doconv_convert.check.certificate.certificate import Origin, write_certificate
+from doconv_convert.check.certificate.paths import certificate_path, reference_path
 from doconv_convert.check.proof import prove
 from doconv_convert.check.status import Proof
 from doconv_convert.check.torch_runs.device import find_device

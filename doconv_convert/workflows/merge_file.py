@@ -15,7 +15,7 @@ import onnx
 import onnx_ir as ir
 
 from doconv_convert.artifacts.export import onnx_file
-from doconv_convert.check.certificate.certificate import certificate_path, reference_path
+from doconv_convert.check.certificate.paths import certificate_path, reference_path
 from doconv_convert.check.float64_file import evaluate, part_of, widened
 from doconv_convert.check.merged import Merged, check_merged_graph, value_hash
 from doconv_convert.check.onnx_files.external_data import require_own_data

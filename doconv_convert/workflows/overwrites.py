@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from doconv_convert.artifacts.checkpoints.places import checkpoint_files
-from doconv_convert.check.certificate.certificate import certificate_path, reference_path
-from doconv_convert.check.onnx_files.external_data import external_files
+from doconv_convert.check.certificate.paths import certificate_path, reference_path
 from doconv_convert.errors import DoconvError, UsageError
 from doconv_convert.files import stale_data
 from doconv_convert.workspace import workspace
@@ -106,6 +105,8 @@ def _files_of(text: str) -> Iterator[Path]:
 
 def _companions_read(path: Path) -> Iterator[Path]:
     if path.suffix == ".onnx":
+        from doconv_convert.check.onnx_files.external_data import external_files  # imports onnx: for this alone
+
         yield from (path.with_name(name) for name in external_files(path))
     elif path.suffix == ".json" and path.stat().st_size <= _CERTIFICATE_BYTES:
         with suppress(ValueError, KeyError, TypeError, RecursionError, OSError):

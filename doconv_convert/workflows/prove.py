@@ -17,7 +17,8 @@ from doconv_convert.artifacts.export.job import Flags
 from doconv_convert.artifacts.export.twin import export_twin
 from doconv_convert.artifacts.sources.inputs import Inputs, InputSpec, forward_names
 from doconv_convert.check import proof as checks
-from doconv_convert.check.certificate.certificate import Origin, certificate_path, write_certificate
+from doconv_convert.check.certificate.certificate import Origin, write_certificate
+from doconv_convert.check.certificate.paths import certificate_path
 from doconv_convert.check.torch_runs.device import find_device
 from doconv_convert.check.torch_runs.exact_start import run_in_eval
 from doconv_convert.check.torch_runs.memory import has_twin

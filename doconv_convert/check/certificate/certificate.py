@@ -14,6 +14,7 @@ from platform import python_version
 from typing import TYPE_CHECKING, Any
 
 from doconv_convert.check.certificate.attestation import statement
+from doconv_convert.check.certificate.paths import certificate_path, reference_path
 from doconv_convert.check.certificate.reading import FORMAT, VERSION, digest, read_certificate, rendered
 from doconv_convert.check.certificate.side_file import describe_inputs, describe_outputs, write_reference
 from doconv_convert.check.macs.result import MacCount
@@ -43,14 +44,6 @@ class Origin:
     opset: int
     exporter: str
     merged: Merged | None = None
-
-
-def certificate_path(onnx: Path) -> Path:
-    return onnx.with_name(f"{onnx.stem}.certificate.json")
-
-
-def reference_path(onnx: Path) -> Path:
-    return onnx.with_name(f"{onnx.stem}.reference.npz")
 
 
 def write_certificate(onnx: Path, proof: Proof, reference: ReferenceRun, origin: Origin) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -9,8 +10,11 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from doconv_convert.check.confined import SECONDS, Confined, Limits, confined
-from doconv_convert.check.macs.result import MacCount
+from doconv_convert.check.macs.result import MacCount, RegionLeft
+from doconv_convert.errors import DoconvError
 from doconv_convert.files import require_file
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from doconv_convert.check.onnx_files.model import ModelSource
@@ -46,6 +50,29 @@ def count_file(
     limits = Limits(timeout)
     found = process.call("check.macs.counting:count_as_json", path, dict(dims), list(ignore), limits=limits)
     return MacCount.from_json(found)
+
+
+def regions_of_file(
+    process: Confined,
+    path: Path,
+    count: MacCount,
+    dims: Mapping[str, int],
+    ignore: Collection[str],
+    timeout: float,
+    *,
+    required: bool,
+) -> tuple[RegionLeft, ...]:
+    """The linear regions that the counted file still has. Where they are not `required`, a file in which they cannot be
+    looked for has none."""
+    arguments = path, count.to_json(), dict(dims), list(ignore), required
+    try:
+        found = process.call("check.macs.regions:regions_as_json", *arguments, limits=Limits(timeout))
+    except DoconvError as error:
+        if required:
+            raise
+        logger.info("'%s': linear regions were not looked for (%s)", path, error)
+        return ()
+    return tuple(RegionLeft(tuple(one["nodes"]), one["convolutions"], one["macs"], one["wasted"]) for one in found)
 
 
 def dims_of_file(process: Confined, path: Path, timeout: float) -> list[str]:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import onnx
 
 from doconv_convert.check.macs.counting import count_macs
-from doconv_convert.check.macs.result import MacCount
+from doconv_convert.check.macs.result import MacCount, RegionLeft
 from doconv_convert.check.onnx_files.external_data import require_own_data
 from doconv_convert.check.onnx_files.model import read_model
 from doconv_convert.errors import DoconvError
@@ -24,16 +25,6 @@ _CONVS = ("Conv", "ConvTranspose")
 # What a region may consist of, next to its convolutions.
 _OTHERS = ("Add", "AveragePool", "BatchNormalization", "Div", "Dropout", "Identity", "Mul", "Neg", "Pad", "Sub", "Sum")
 _AFFINE = frozenset((*_CONVS, *_OTHERS))
-
-
-@dataclass(frozen=True)
-class RegionLeft:
-    """Nodes that are one convolution, by their names, and what they multiply more than it: MACs of one sample."""
-
-    nodes: tuple[str, ...]
-    convolutions: int
-    macs: int
-    wasted: int
 
 
 def regions_left(
@@ -57,8 +48,13 @@ def regions_left(
             raise
         logger.info("'%s': its weights cannot be read, so linear regions were not looked for", path)
         return ()
-    import onnx_ir as ir
-
+    try:
+        import onnx_ir as ir
+    except ImportError:
+        if required:
+            raise DoconvError("linear regions are found with onnx-ir, which is missing: pip install onnx-ir.") from None
+        logger.info("'%s': without onnx-ir linear regions were not looked for", path)
+        return ()
     from doconv_convert.rewrite.linear.evaluate import fits_onnx
     from doconv_convert.rewrite.linear.onnx_merge import merge_regions, region_nodes
     from doconv_convert.rewrite.linear.onnx_steps import read_steps
@@ -75,6 +71,14 @@ def regions_left(
         RegionLeft(nodes, region.count("convolution"), cost, cost - after.get(name, 0))
         for region, nodes, name, cost in zip(regions, names, merged, costs, strict=True)
     )
+
+
+def regions_as_json(
+    path: str, count: Mapping[str, Any], dims: Mapping[str, int], ignore: Sequence[str], required: bool
+) -> list[dict[str, Any]]:
+    """`regions_left` for `check.confined`."""
+    found = regions_left(Path(path), MacCount.from_json(count), dims, ignore, required=required)
+    return [asdict(region) for region in found]
 
 
 def may_have_regions(model: onnx.ModelProto) -> bool:
@@ -97,7 +101,3 @@ def may_have_regions(model: onnx.ModelProto) -> bool:
         affine.update(node.output)
         roots.update((name, reached) for name in node.output)
     return False
-
-
-def wasted_macs(regions: Sequence[RegionLeft]) -> int:
-    return sum(region.wasted for region in regions)

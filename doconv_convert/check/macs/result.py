@@ -68,3 +68,17 @@ def repeated(count: MacCount, prefix: str, times: int) -> MacCount:
     """The count of a subgraph that runs `times` times, with its nodes named below `prefix`."""
     nodes = tuple(replace(node, name=f"{prefix}/{node.name}", macs=node.macs * times) for node in count.nodes)
     return replace(count, nodes=nodes)
+
+
+@dataclass(frozen=True)
+class RegionLeft:
+    """Nodes that are one convolution, by their names, and what they multiply more than it: MACs of one sample."""
+
+    nodes: tuple[str, ...]
+    convolutions: int
+    macs: int
+    wasted: int
+
+
+def wasted_macs(regions: Iterable[RegionLeft]) -> int:
+    return sum(region.wasted for region in regions)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from onnx import AttributeProto, ModelProto, NodeProto, helper
 
 from doconv_convert.check.onnx_files.model import read_model
@@ -51,7 +52,7 @@ def loose_operators(twin: Path, candidate: Path, inputs: Sequence[Array]) -> dic
         if error > max(LOOSE_ABOVE, errors.get(node.op_type, 0.0)):
             errors[node.op_type] = error
 
-    evaluate(widened(read_model(twin)), inputs, visit)
+    evaluate(widened(onnx.load(twin)), inputs, visit)
     return errors
 
 
