@@ -18,7 +18,7 @@ from doconv_convert.workspace import workspace
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 # A command's outline: a child, a file half written, and an executor that waits for its thread.
 WORKING = """
-import sys, time
+import signal, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from doconv_convert.artifacts.export.json_process import JsonProcess
@@ -27,6 +27,7 @@ from doconv_convert.files import atomic_write, install_files
 from doconv_convert.interrupts import end_on_signals
 
 target, how = Path(sys.argv[1]), sys.argv[2]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
 end_on_signals()
 with output("json" in how, False, False) as shown, atomic_write(target) as temporary, ThreadPoolExecutor(1) as threads:
     temporary.write_bytes(b"half")

@@ -8,12 +8,16 @@ Both files run in one process on one thread, turn by turn; the medians' ratio co
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from pathlib import Path
 
 import numpy as np
 import onnx
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before the import
+
 import onnxruntime
 
 

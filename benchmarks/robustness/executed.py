@@ -10,6 +10,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, TypeAlias
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before the import
+
 import onnx
 import onnxruntime
 

@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import pickle
-import resource
 import shutil
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parent))
 import damage
+from peak import peak_bytes
 
 from doconv_convert.cli.app import app
 
@@ -121,8 +121,8 @@ class Bench:
             return "code was run"
         if sorted(one.name for one in self.out.iterdir()) != [target.name]:
             return f"left behind {sorted(one.name for one in self.out.iterdir())}"
-        if peak() > PEAK_BYTES:
-            return f"{peak() / 2**20:.0f} MiB"
+        if peak_bytes() > PEAK_BYTES:
+            return f"{peak_bytes() / 2**20:.0f} MiB"
         if result.exit_code == 0:
             return self._differs(path, base, load_file(target))
         said = result.stderr.strip()
@@ -169,10 +169,6 @@ class Bench:
         return None
 
 
-def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def work(count: int, seed: int, folder: Path) -> dict[str, Any]:
     """Run `count` cases in this process."""
     torch.set_num_threads(1)
@@ -191,13 +187,13 @@ def work(count: int, seed: int, folder: Path) -> dict[str, Any]:
         bench.run(*case)
 
     start = time.perf_counter()
-    before = peak()
+    before = peak_bytes()
     everything()
     return {
         "files": sum(bench.outcomes.values()),
         "outcomes": dict(sorted(bench.outcomes.items())),
         "problems": bench.problems,
-        "peak_bytes": peak(),
+        "peak_bytes": peak_bytes(),
         "peak_bytes_before": before,
         "seconds": round(time.perf_counter() - start),
     }

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -53,6 +54,7 @@ class Ended:
 def run(*arguments: str, folder: Path) -> Ended:
     """`doconv-convert ARGUMENTS`, with the memory of the largest of its processes."""
     read, write = folder / "out", folder / "err"
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     start = time.perf_counter()
     with read.open("wb") as out, write.open("wb") as error:
         process = subprocess.Popen(
@@ -74,7 +76,9 @@ def run(*arguments: str, folder: Path) -> Ended:
     process.returncode = 0  # it was waited for
     code = None if late else os.waitstatus_to_exitcode(status)
     said = (path.read_bytes().decode(errors="replace") for path in (read, write))
-    return Ended(code, *said, time.perf_counter() - start, usage.ru_maxrss * 1024)
+    peak = usage.ru_maxrss * 1024
+    # the system counts from before the program was loaded: up to there, the figure is the caller's own
+    return Ended(code, *said, time.perf_counter() - start, 0 if peak <= own else peak)
 
 
 def survives(ended: Ended) -> str | None:

@@ -18,7 +18,6 @@ import json
 import os
 import pickle
 import random
-import resource
 import struct
 import sys
 import tempfile
@@ -32,6 +31,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from peak import peak_bytes
 
 from doconv_convert.artifacts.checkpoints.reading import read_checkpoint
 from doconv_convert.artifacts.checkpoints.unwrap import Selection
@@ -256,7 +258,7 @@ def run(count: int, seed: int, folder: Path) -> dict[str, Any]:
     outcomes: Counter[str] = Counter()
     problems: list[str] = []
     slowest = 0.0
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = peak_bytes()
     import encodings.cp437  # noqa: F401 (the names in zip files)
 
     # what the first reading imports
@@ -280,7 +282,7 @@ def run(count: int, seed: int, folder: Path) -> dict[str, Any]:
         if found:
             problems.append(f"{index} ({kind}): {'; '.join(found)}")
         outcomes[f"{kind}: {outcome if outcome in ('read', 'refused') else 'other'}"] += 1
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_bytes()
     if peak > PEAK_BYTES:
         problems.append(f"{peak / 2**20:.0f} MiB")
     return {

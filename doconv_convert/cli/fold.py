@@ -119,7 +119,7 @@ def _merge_file(
     """From ONNX to ONNX, without torch; `others` are options that go with a checkpoint."""
     from doconv_convert.workflows.merge_file import MergeRequest, merge_file
 
-    o.check_outputs({"the model": file, "`input_file`": samples}, {"`onnx`": out}, shown.github is not None)
+    o.check_outputs({"the model": file, "`input_file`": samples}, {"-o": out}, shown.github is not None)
     if out is None or others != (None, None, None):
         raise UsageError("fold: an ONNX file takes --merge and -o FILE.onnx, no --model, --onnx and --report.")
     result = merge_file(MergeRequest(file, out, merge, shapes or (), samples), shown.step)

@@ -87,7 +87,9 @@ def to_doconv(
 
 
 def _show(shown: Output, planned: Plan, samples: int) -> None:
-    head = ["layer", "kind", "kernel", "groups", "D_mul", "added", "MACs", "lever", "action"]
+    # a dry run has what is added in its table of costs; more than 80 columns do not fit
+    measured = planned.levers_of is not None
+    head = ["layer", "kind", "kernel", "groups", "D_mul", "MACs", "lever" if measured else "added", "action"]
     rows = [
         [
             row.name,
@@ -95,14 +97,13 @@ def _show(shown: Output, planned: Plan, samples: int) -> None:
             "x".join(map(str, row.kernel)) or "-",
             row.groups,
             "-" if row.d_mul is None else row.d_mul,
-            row.added_parameters,
             "-" if row.macs is None else row.macs // samples,
-            "-" if row.lever is None else f"{row.lever:.2g}",
+            row.added_parameters if not measured else "-" if row.lever is None else f"{row.lever:.2g}",
             row.action if row.reason is None else f"{row.action}: {row.reason}",
         ]
         for row in planned.rows
     ]
-    shown.table(head, rows, right=(3, 4, 5, 6, 7))
+    shown.table(head, rows, right=(3, 4, 5, 6))
     counts = ", ".join(f"{count} {what}" for what, count in planned.counts().items())
     shown.say(
         f"{planned.model}: {counts}; {planned.added_parameters:,} parameters added for training (MACs: one sample)"

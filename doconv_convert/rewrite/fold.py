@@ -98,8 +98,11 @@ def fold(
     require_merge(merge)
     model = model if inplace else copy_model(model)
     report = fold_in_place(model, constant_kernels=constant_kernels, check_first=inplace, merge=merge)
-    for note in (*report.notes, *merge_notes(report, merge)):
+    for note in report.notes:
         logger.warning(note)
+    if merge != "none" or logger.isEnabledFor(logging.INFO):  # to look for regions takes traces
+        for note in merge_notes(report, merge):
+            logger.info(note)
     return report.model
 
 

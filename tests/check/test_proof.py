@@ -360,7 +360,7 @@ def test_the_inputs_of_two_onnx_files(proven: Proven, tmp_path: Path) -> None:
         verify(**files, input_file=tmp_path / "x.npy")
     with pytest.raises(DoconvError, match=r"absent\.onnx"):
         verify(proven.candidate, against=tmp_path / "absent.onnx")
-    with pytest.raises(DoconvError, match="is no file; expected an ONNX model"):
+    with pytest.raises(DoconvError, match="does not exist; expected an ONNX model"):
         verify(tmp_path / "absent.onnx", against=proven.baseline)
 
 

@@ -172,7 +172,7 @@ CASES: dict[str, Case] = {
     ),
     "no model named": Case(2, lambda d: ["fold", d.files / "a.pth", "-o", d.plain], ["a.pth", "--model SOURCE"]),
     "a truncated file": Case(1, fold("bad.safetensors"), ["bad.safetensors", "damaged, incomplete"], write_truncated),
-    "a pickle with code": Case(1, fold("bad.pth"), ["bad.pth", "pathlib.Path", "model.state_dict()"], write_code),
+    "a pickle with code": Case(1, fold("bad.pth"), ["bad.pth", "builtins.getattr", "model.state_dict()"], write_code),
     "NaN weights": Case(1, fold("bad.pth"), ["'grouped.D' (1 of ", "expected none", "earlier checkpoint"], write_nan),
     "lost D": Case(1, fold("bad.pth"), ["'grouped'", "--exclude 'grouped'"], write_lost),
     "the wrong input to fold": Case(2, fold("a.pth", "--input-shape", "1,3,6,6"), ["(2, 3, 6, 6)", "--input"]),
@@ -237,13 +237,17 @@ def test_debug_raises_the_exception(desk: Desk, case: str) -> None:
     assert wanted.words[0] in str(result.exception)
 
 
-PLACES = {"absent/out": "does not exist", "folder": "it is a folder", "file/out": "is not a folder"}
+PLACES = {
+    "absent/out.safetensors": "does not exist",
+    "folder.safetensors": "it is a folder",
+    "file/out.safetensors": "is not a folder",
+}
 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("command", ["to-doconv", "fold", "fold --onnx"])
 def test_a_place_that_cannot_be_written(desk: Desk, place: str, command: str) -> None:
-    (desk.out / "folder").mkdir()
+    (desk.out / "folder.safetensors").mkdir()
     (desk.out / "file").write_bytes(OLD)
     before = names(desk.out)
     target = desk.out / place
@@ -260,7 +264,7 @@ def test_a_place_that_cannot_be_written(desk: Desk, place: str, command: str) ->
     assert result.stderr.startswith(f"error: cannot write '{target}'")
     assert PLACES[place] in result.stderr
     assert names(desk.out) == before
-    assert names(desk.out / "folder") == []
+    assert names(desk.out / "folder.safetensors") == []
     assert desk.plain.read_bytes() == OLD
 
 

@@ -172,7 +172,7 @@ def test_a_failed_check_writes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     (out / "m.onnx").write_bytes(b"old")
     (out / "plain.safetensors").write_bytes(b"old")
     found = status.Status("graph", state, "the graph was looked at", ("one difference",))  # type: ignore[arg-type]
-    monkeypatch.setattr(fold_workflow, "prove", lambda candidate, *_: status.Proof(str(candidate), [found]))
+    monkeypatch.setattr(fold_workflow, "prove", lambda candidate, *_, **__: status.Proof(str(candidate), [found]))
     result = run_cli("fold", path, *options, "--onnx", out / "m.onnx", "-o", out / "plain.safetensors")
     assert result.exit_code == (0 if state == "passed" else 3)
     assert f"proven: {str(state == 'passed').lower()}" in result.stdout

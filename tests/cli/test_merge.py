@@ -221,8 +221,8 @@ def test_the_workflow_of_files_imports_no_torch() -> None:
         (["-o", "f.onnx"], "say with --merge branches or all what to fold in it"),
         (["--merge", "all"], "an ONNX file takes --merge and -o FILE.onnx"),
         (["--merge", "all", "-o", "plain.safetensors"], "expected a file that ends in .onnx"),
-        (["--merge", "all", "-o", "{file}"], "the file that is folded; expected another one"),
-        (["--merge", "all", "-o", "f.onnx", "--onnx", "g.onnx"], "no --model and no --onnx"),
+        (["--merge", "all", "-o", "{file}"], "-o names"),
+        (["--merge", "all", "-o", "f.onnx", "--onnx", "g.onnx"], "no --model, --onnx and --report"),
     ],
 )
 def test_wrong_usage_of_an_onnx_file(folder: Path, options: list[str], said: str) -> None:

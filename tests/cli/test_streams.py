@@ -99,7 +99,7 @@ def test_a_traceback_is_printable_too(tmp_path: Path, monkeypatch: pytest.Monkey
         assert run(monkeypatch, out, err, "flops", absent, "--debug") == 1
     said = (tmp_path / "err").read_text()
     assert "Traceback" in said
-    assert "\\x1b[2J\n\\x3a:error::x.onnx' cannot be read as an ONNX file" in said
+    assert "\\x1b[2J\n\\x3a:error::x.onnx' does not exist; expected an ONNX file" in said
     assert "\x1b" not in said
     assert "\n::error" not in said
 

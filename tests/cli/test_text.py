@@ -256,7 +256,7 @@ def test_every_text_of_a_certificate(certified: Path, tmp_path: Path, say: Calla
         parent[place[-1]] = SURROGATE
         del content["digest"]
         certificate = tmp_path / "m.certificate.json"
-        certificate.write_bytes(certificates._rendered({**content, "digest": certificates.digest(content)}))
+        certificate.write_bytes(certificates.rendered({**content, "digest": certificates.digest(content)}))
         form = ("--format", "github") if shown % 2 else ("--json",)
         shown += "POISON" in say("verify", certified, "--certificate", certificate, *form).stdout
     assert shown > 5
@@ -401,7 +401,7 @@ def test_names_of_files(tmp_path: Path, desk: Path, say: Callable[..., Said], mo
         ("to-doconv", net, "-o", place),
         ("to-doconv", FILE_NAME, "-o", place),
         ("rehearse", FILE_NAME, "--no-export"),
-        ("rehearse", "timm:resnet18", "--resume", text),
+        ("rehearse", FILE_NAME, "--no-export", "--resume", text),
         (FILE_NAME,),
         ("flops", model, f"--{FILE_NAME}"),
         ("flops", model, "--max", FILE_NAME),

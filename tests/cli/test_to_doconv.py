@@ -53,7 +53,7 @@ def test_options_choose_the_layers(tmp_path: Path, options: list[str], converted
     tensors, recipe = read_file(out)
     assert {name.removesuffix(".D"): t.shape[2] for name, t in tensors.items() if name.endswith(".D")} == converted
     assert {site["owner"]: site["d_mul"] for site in recipe["sites"] if site["d_mul"]} == converted
-    assert recipe["source"] == {"source": source, "args": {}}
+    assert recipe["source"] == {"source": "net.py:tiny", "args": {}}
     said = json.loads(result.stdout)
     assert said["written"] == str(out)
     assert {row["name"] for row in said["plan"]["rows"]} == {"first", "grouped", "depthwise", "pointwise"}

@@ -301,5 +301,5 @@ def test_which_of_several_is_asked(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_metadata_is_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(DoconvError, match="is no file; expected a checkpoint"):
+    with pytest.raises(DoconvError, match="is a folder without weights"):
         read_checkpoint(tmp_path)

@@ -94,7 +94,7 @@ class Unreadable(Exception):
 def made(function: Any, arguments: Any) -> Any:
     """What a call in a pickle stands for; of unknown functions and classes a stub."""
     if not isinstance(function, Name):
-        return Stub("a call of what was made in the file")
+        return Stub(function.of if isinstance(function, Stub) else "call")
     make = _KNOWN.get(function)
     if make is not None and isinstance(arguments, tuple):
         return make(*arguments)

@@ -165,6 +165,8 @@ class FxSteps:
         values = [None if one is None else self.constants.get(one) for one in (kernel, bias)]
         if values[0] is None or (bias is not None and values[1] is None):
             raise Declined(Reason.INPUT_DEPENDENT)
+        if any(isinstance(one, fx.Node) for name, one in given.items() if name not in ("input", "weight", "bias")):
+            raise Declined(Reason.INPUT_DEPENDENT)  # a stride or groups that the forward computes
         rank = (_TRANSPOSED_CALLS if transposed else _CONV_CALLS)[node.target]
         operation = convolution(values[0], values[1], given, rank, transposed)
         return operation, "convolution", [given["input"]], _sizes((kernel, bias), values)

@@ -110,7 +110,7 @@ def zero_pad(pads: Any, mode: str, value: Any) -> ZeroPad | None:
 
 
 def _is_real(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and not tensor.is_meta
+    return not nn.parameter.is_lazy(tensor) and tensor.is_floating_point() and not tensor.is_meta
 
 
 def array(tensor: Tensor) -> Array:

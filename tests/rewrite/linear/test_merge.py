@@ -129,13 +129,13 @@ def test_what_half_precision_cannot_hold_is_an_error() -> None:
 
 def test_none_changes_nothing_and_says_what_is_left(caplog: pytest.LogCaptureFixture) -> None:
     model = trained(Net(RepVGG))
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO, "doconv_convert"):
         same = fold(model)
     assert "left as they are: 2 linear regions with 4 convolutions; `merge` branches makes one" in caplog.text
     assert [type(m) for m in same.modules()] == [type(m) for m in model.modules()]
     assert all(torch.equal(a, b) for a, b in zip(same.state_dict().values(), model.state_dict().values(), strict=True))
     caplog.clear()
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO, "doconv_convert"):
         fold(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval())
     assert caplog.text == ""
 
