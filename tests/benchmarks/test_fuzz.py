@@ -44,7 +44,7 @@ def test_damaged_and_hostile_files_end_in_words_or_in_what_they_say(count: int) 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> fuzz.Bench:
     monkeypatch.setattr(damage.dcp, "save", lambda *_, **__: None)
-    monkeypatch.setattr(fuzz, "peak", lambda: 0)
+    monkeypatch.setattr(fuzz, "peak_bytes", lambda: 0)
     return fuzz.Bench(tmp_path / "bench")
 
 
@@ -71,7 +71,7 @@ def test_the_bench_sees_what_is_wrong(bench: fuzz.Bench, monkeypatch: pytest.Mon
     (bench.out / ".plain.safetensors.0.tmp").touch()
     assert "left behind" in str(ended(bench, 1, "error: damaged"))
     (bench.out / ".plain.safetensors.0.tmp").unlink()
-    monkeypatch.setattr(fuzz, "peak", lambda: 2**31)
+    monkeypatch.setattr(fuzz, "peak_bytes", lambda: 2**31)
     assert ended(bench, 1, "error: damaged") == "2048 MiB"
 
 
