@@ -61,6 +61,7 @@ def converted_resnet18() -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, torch.optim.AdamW(model.parameters(), lr=1e-3)
 
 
+@pytest.mark.zoo
 def test_own_loop_under_autocast_resumed_once_folds_to_a_proven_file(tmp_path: Path) -> None:
     model, optimizer = converted_resnet18()
     train_resnet18(model, optimizer, 2)

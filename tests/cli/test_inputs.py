@@ -125,6 +125,7 @@ def test_samples_by_name_and_new_names(desk: Path, tmp_path: Path) -> None:
     assert [value.name for value in onnx.load(out).graph.output] == ["logits", "maps_0", "maps_1"]
 
 
+@pytest.mark.zoo
 def test_timm_layers_of_its_own_go_through_on_an_image(desk: Path, tmp_path: Path) -> None:
     """Conv2dSame becomes a run-time subclass; the picture goes through timm's own preprocessing."""
     source = "timm:tf_mobilenetv3_small_minimal_100"

@@ -137,6 +137,7 @@ def test_other_weights_with_equal_outputs_are_equivalent_and_not_proven(files: P
     assert result.exit_code == 3
 
 
+@pytest.mark.zoo
 def test_against_a_source_with_the_trained_weights(files: Path) -> None:
     options = ["--against", sample_source("residual"), "--weights", str(files / "a.pth")]
     result = run_cli("verify", files / "good.onnx", *options)

@@ -357,6 +357,7 @@ def test_a_childs_usage_error_stays_one(source: Source, tmp_path: Path) -> None:
         export_in_child([job(tmp_path, source, inputs(), dynamic={"y": {0: "n"}})])
 
 
+@pytest.mark.zoo
 @pytest.mark.usefixtures("own_children")
 def test_a_child_that_is_used_again_exports_what_a_fresh_one_does(
     net_file: Path, source: Source, tmp_path: Path

@@ -113,6 +113,7 @@ def test_from_the_file_to_a_proven_onnx(files: Path, tmp_path: Path) -> None:
     assert difference(run(network, x), run(model, x)) < 1e-5
 
 
+@pytest.mark.zoo
 def test_a_fixed_batch_stays_and_two_inputs_go_through(files: Path, tmp_path: Path) -> None:
     source = files / "pair.pt2"
     assert fixed_batch(load_program(str(source))) == 1
