@@ -184,3 +184,14 @@ def set_eval_mode(model: M) -> M:
     for module in model.modules():
         module.training = False
     return model
+
+
+@contextmanager
+def float64_by_default() -> Iterator[None]:
+    """What the user's forward makes without a dtype is float64 inside."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

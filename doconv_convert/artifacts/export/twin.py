@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch.utils import _pytree as pytree
 from doconv_convert.artifacts.export.exporter import export_onnx, is_or_holds_a_detector
 from doconv_convert.artifacts.export.job import Flags
 from doconv_convert.errors import DoconvError
+from doconv_convert.rewrite.tracing import float64_by_default
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +24,7 @@ def export_twin(module: nn.Module, inputs: tuple[Any, ...], path: Path, flags: F
         return "TorchScript's exporter writes this network, which computes in float32 in places"
     wide = pytree.tree_map(lambda leaf: leaf.double() if _is_float(leaf) else leaf, inputs)
     try:
-        with _float64_by_default():
+        with float64_by_default():
             export_onnx(module.double(), wide, path, **vars(flags))
     except DoconvError as error:
         logger.info("no float64 twin: %s", error)
@@ -35,13 +34,3 @@ def export_twin(module: nn.Module, inputs: tuple[Any, ...], path: Path, flags: F
 
 def _is_float(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
-
-
-@contextmanager
-def _float64_by_default() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

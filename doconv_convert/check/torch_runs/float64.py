@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from doconv_convert.check.torch_runs.device import full_precision
 from doconv_convert.errors import DoconvError, UsageError
 from doconv_convert.rewrite.observe import run_model
-from doconv_convert.rewrite.tracing import set_eval_mode, undisturbed
+from doconv_convert.rewrite.tracing import float64_by_default, set_eval_mode, undisturbed
 
 
 def run_float64(model: nn.Module, inputs: Any) -> list[Tensor]:
@@ -49,7 +49,7 @@ def float64_runs(model: nn.Module, inputs: Any, runs: int = 1, *, gradients: boo
             full_precision(),
             torch.set_grad_enabled(gradients),
             undisturbed(model),
-            _float64_by_default(),
+            float64_by_default(),
             _WidenFloats(),
         ):
             set_eval_mode(model)
@@ -130,16 +130,6 @@ def _random_states() -> dict[str, str]:
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         states["CUDA"] = torch.cuda.get_rng_state().numpy().tobytes()
     return {name: repr(state) for name, state in states.items()}
-
-
-@contextmanager
-def _float64_by_default() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 class _WidenFloats(TorchFunctionMode):
